@@ -1,0 +1,66 @@
+"""The state space dual (SSD) recurrence of Mamba-2: a linear recurrence with one scalar decay a head and token."""
+
+import torch
+
+from riverrun.kernels.common.backend import check_shape, resolve_backend
+from riverrun.kernels.ssd.chunked import ssd_chunked
+from riverrun.kernels.ssd.reference import ssd_reference
+
+
+def ssd(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    *,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str = "auto",
+    chunk_size: int = 64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_tᵀ,  y_t = h_t C_t + D x_t  (Mamba-2, arXiv 2405.21060, eq. 1-2 and §6).
+
+    Arithmetic is float32 (float64 if `x` is float64), also under autocast. Values are not checked.
+
+    Args:
+        x: (B, T, H, P), the input of H heads of P channels.
+        dt: (B, T, H), step sizes > 0, bias and softplus already applied.
+        A: (H,), decay rates < 0.
+        B: (B, T, G, N), input projections; each of the G groups is shared by H / G consecutive heads.
+        C: (B, T, G, N), output projections.
+        D: (H,) or (H, P), the skip connection; None for none.
+        initial_state: (S, H, P, N), zeros if None. S is the batch size, or the number of documents.
+        cu_seqlens: (S + 1,) integers rising from 0 to T: the bounds of documents packed into a batch of one row.
+        backend: "auto", "reference" or "chunked" (see `resolve_backend`).
+        chunk_size: tokens a chunk in the chunked backend; changes speed, not the result.
+
+    Returns:
+        y (B, T, H, P) in the dtype of `x`, and the final state (S, H, P, N) in float32 (float64 if `x` is float64).
+
+    Raises:
+        ValueError: an argument of the wrong shape, bad `cu_seqlens`, or a backend that there is not.
+    """
+    if x.dim() != 4 or 0 in x.shape:
+        raise ValueError(f"ssd: x must have shape (B, T, H, P), all at least 1, got {tuple(x.shape)}")
+    batch, T, H, P = x.shape
+    if B.dim() != 4 or 0 in B.shape or H % B.shape[2]:
+        raise ValueError(f"ssd: B must have shape (B, T, G, N) with G a divisor of H = {H}, got {tuple(B.shape)}")
+    G, N = B.shape[2:]
+    check_shape("ssd", "dt", dt, (batch, T, H), "(B, T, H)")
+    check_shape("ssd", "A", A, (H,), "(H,)")
+    check_shape("ssd", "B", B, (batch, T, G, N), "(B, T, G, N)")
+    check_shape("ssd", "C", C, (batch, T, G, N), "(B, T, G, N)")
+    if D is not None and tuple(D.shape) not in ((H,), (H, P)):
+        raise ValueError(f"ssd: D must have shape (H,) = {(H,)} or (H, P) = {(H, P)}, got {tuple(D.shape)}")
+    if initial_state is not None:
+        num_sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+        check_shape("ssd", "initial_state", initial_state, (num_sequences, H, P, N), "(S, H, P, N)")
+    if chunk_size < 1:
+        raise ValueError(f"ssd: chunk_size must be at least 1, got {chunk_size}")
+    chosen = resolve_backend("ssd", backend, x, T)
+    with torch.autocast(x.device.type, enabled=False):
+        if chosen == "reference":
+            return ssd_reference(x, dt, A, B, C, D, initial_state, cu_seqlens)
+        return ssd_chunked(x, dt, A, B, C, D, initial_state, cu_seqlens, chunk_size)

@@ -1,0 +1,80 @@
+"""Small layers that several mixers use."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from riverrun.kernels.causal_conv1d import causal_conv1d
+from riverrun.modeling.layout import Layout
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467) over the last dimension, with a weight."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class ShortConv(nn.Module):
+    """Depthwise causal convolution over time, followed by SiLU."""
+
+    def __init__(self, dim: int, kernel: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, kernel))
+        self.bias = nn.Parameter(torch.empty(dim)) if bias else None
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.weight.shape[1])  # fan-in of a depthwise convolution
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: torch.Tensor, layout: Layout, states: dict[str, torch.Tensor] | None, name: str):
+        """x (B, T, dim), flattened if packed; reads and writes the tail `states[name]` (B, kernel − 1, dim)."""
+        initial = states.get(name) if states is not None and layout.cu_seqlens is None else None
+        x, tail = causal_conv1d(
+            x, self.weight, self.bias, activation="silu", initial_state=initial, cu_seqlens=layout.cu_seqlens
+        )
+        if states is not None:
+            states[name] = layout.last(tail)
+        return x
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer (arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def init_decay(A_log: nn.Parameter, dt_bias: nn.Parameter, A_min, A_max, dt_min, dt_max, dt_floor) -> None:
+    """Mamba-2's start: A uniform, dt log-uniform (with a floor), dt_bias its inverse softplus."""
+    with torch.no_grad():
+        A_log.uniform_(A_min, A_max).log_()
+        dt = torch.empty_like(dt_bias, dtype=torch.float32).uniform_(math.log(dt_min), math.log(dt_max)).exp_()
+        dt.clamp_(min=dt_floor)
+        dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
+def fp32_parameter(*shape: int) -> nn.Parameter:
+    """A small recurrence parameter: kept in fp32 under bf16 training, and without weight decay."""
+    param = nn.Parameter(torch.empty(*shape, dtype=torch.float32))
+    param.keep_fp32 = True  # type: ignore[attr-defined]
+    param.no_weight_decay = True  # type: ignore[attr-defined]
+    return param

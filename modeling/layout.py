@@ -1,0 +1,105 @@
+"""How the tokens of a (B, T) batch form sequences, and what the mixers derive from it once a forward pass."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Layout:
+    """The sequences of one forward pass.
+
+    Rows may hold several sequences (packed documents, or left padding followed by a prompt); a sequence never crosses
+    a row. Recurrent mixers see such a batch flattened to (1, B·T, …) with `cu_seqlens`; an unpacked one as it is.
+
+    Attributes:
+        shape: (B, T).
+        cu_seqlens: (S + 1,) int32 bounds over the flattened B·T tokens; None: every row is one sequence.
+        sequence: (B, T) int64 which sequence a token belongs to; None when every row is one sequence.
+        positions: (B, T) int64 position of each token in its sequence, cached tokens counted.
+        rope: cosine and sine (B, 1, T, head_dim), for attention layers with rotary positions.
+        mask: (B, 1, T, P + T) bool, True where a query may look, for attention over P cached and T new tokens;
+            None: plain causal attention (or, for one new token, attention to everything).
+    """
+
+    shape: tuple[int, int]
+    cu_seqlens: torch.Tensor | None
+    sequence: torch.Tensor | None
+    positions: torch.Tensor
+    rope: tuple[torch.Tensor, torch.Tensor] | None = None
+    mask: torch.Tensor | None = None
+
+    def flatten(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, …) → (1, B·T, …) if the batch is packed."""
+        return x if self.cu_seqlens is None else x.reshape(1, -1, *x.shape[2:])
+
+    def unflatten(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of `flatten`."""
+        return x if self.cu_seqlens is None else x.reshape(*self.shape, *x.shape[2:])
+
+    def last(self, state: torch.Tensor) -> torch.Tensor:
+        """(S, …) final states of all sequences → (B, …) those of each row's last sequence."""
+        return state if self.sequence is None else state[self.sequence[:, -1]]
+
+    @classmethod
+    def of_rows(cls, shape: tuple[int, int], start: torch.Tensor) -> "Layout":
+        """Every row continues one sequence from position `start` (B,)."""
+        return cls(shape, None, None, start[:, None] + torch.arange(shape[1], device=start.device))
+
+    @classmethod
+    def of_documents(cls, shape: tuple[int, int], cu_seqlens: torch.Tensor) -> "Layout":
+        """Packed documents with the given (S + 1,) bounds over the flattened tokens; every row start is a bound."""
+        tokens = torch.arange(shape[0] * shape[1], device=cu_seqlens.device)
+        sequence = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
+        positions = tokens - cu_seqlens.long()[sequence]
+        return cls(shape, cu_seqlens, sequence.view(shape), positions.view(shape))
+
+    @classmethod
+    def of_left_padded(cls, attention_mask: torch.Tensor) -> "Layout":
+        """Rows of padding (0) followed by one sequence (1), from a (B, T) mask; padding forms sequences of its own.
+
+        Raises:
+            ValueError: padding that is not on the left, or a row of nothing but padding.
+        """
+        mask = attention_mask.bool()
+        if not mask[:, -1].all() or (mask[:, 1:] < mask[:, :-1]).any():
+            raise ValueError(
+                "padding must be on the left of every row (set tokenizer.padding_side = 'left'): a recurrent state "
+                "cannot skip tokens after the text"
+            )
+        starts = torch.ones_like(mask)
+        starts[:, 1:] = mask[:, 1:] != mask[:, :-1]
+        bounds = starts.flatten().nonzero().squeeze(1)
+        cu_seqlens = torch.cat([bounds, bounds.new_tensor([mask.numel()])]).to(torch.int32)
+        return cls.of_documents((mask.shape[0], mask.shape[1]), cu_seqlens)
+
+    def attention_mask(self, window: int | None, past_valid: torch.Tensor | None, past_len: int) -> torch.Tensor | None:
+        """The mask for attention with `past_len` cached tokens, of which `past_valid` (B, past_len) belong to the row's
+        running sequence (None: all of them); see `mask`."""
+        B, T = self.shape
+        device = self.positions.device
+        if self.sequence is None and past_valid is None:
+            fits = window is None or past_len + T <= window
+            if fits and (past_len == 0 or T == 1):
+                return None
+        query = past_len + torch.arange(T, device=device)[:, None]
+        key = torch.arange(past_len + T, device=device)
+        allowed = key <= query
+        if window is not None:
+            allowed &= query - key < window
+        allowed = allowed.expand(B, 1, T, past_len + T).clone()
+        if self.sequence is not None:
+            allowed[..., past_len:] &= (self.sequence[:, :, None] == self.sequence[:, None, :])[:, None]
+            if past_len:
+                allowed[..., :past_len] = False
+        elif past_valid is not None:
+            allowed[..., :past_len] &= past_valid[:, None, None, :]
+        return allowed
+
+
+def rotary_tables(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype):
+    """Cosine and sine (B, 1, T, head_dim) of RoFormer's rotary angles (arXiv 2104.09864), halves repeated."""
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angle = positions[..., None].float() * theta**-exponent
+    angle = torch.cat([angle, angle], dim=-1)[:, None]
+    return angle.cos().to(dtype), angle.sin().to(dtype)

@@ -1,0 +1,81 @@
+"""Softmax attention: full or sliding window, grouped queries, rotary positions or none."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from riverrun.modeling.layers import RMSNorm
+from riverrun.modeling.layout import Layout
+from riverrun.modeling.mixers.base import Mixer, States, register
+from riverrun.modeling.mixers.options import AttentionOptions
+
+
+@register("attention")
+class Attention(Mixer):
+    """Causal attention through torch's SDPA."""
+
+    def __init__(self, options: AttentionOptions, hidden_size: int, norm_eps: float):
+        super().__init__()
+        self.options = options
+        heads, kv_heads, dim = options.num_heads, options.num_kv_heads, options.head_dim
+        self.q_proj = nn.Linear(hidden_size, heads * dim, bias=False)
+        self.k_proj = nn.Linear(hidden_size, kv_heads * dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, kv_heads * dim, bias=False)
+        self.o_proj = nn.Linear(heads * dim, hidden_size, bias=False)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if options.qk_norm != "none":
+            per_head = options.qk_norm == "head"
+            self.q_norm = RMSNorm(dim if per_head else heads * dim, norm_eps)
+            self.k_norm = RMSNorm(dim if per_head else kv_heads * dim, norm_eps)
+
+    def forward(self, x: torch.Tensor, layout: Layout, states: States | None = None) -> torch.Tensor:
+        q = self._heads(self.q_proj(x), self.q_norm)  # (B, H, T, head_dim)
+        k = self._heads(self.k_proj(x), self.k_norm)  # (B, H_kv, T, head_dim)
+        v = self._heads(self.v_proj(x), None)
+        if layout.rope is not None:
+            q, k = rotate(q, *layout.rope), rotate(k, *layout.rope)
+        if states is not None:
+            if states:
+                k, v = torch.cat([states["k"], k], dim=2), torch.cat([states["v"], v], dim=2)
+            window = self.options.window
+            keep = k.shape[2] if window is None else min(k.shape[2], window - 1)
+            states["k"], states["v"] = k[:, :, k.shape[2] - keep :], v[:, :, v.shape[2] - keep :]
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=layout.mask, is_causal=layout.mask is None and q.shape[2] > 1, enable_gqa=True
+        )
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
+        if norm is not None and self.options.qk_norm == "full":
+            x = norm(x)
+        x = x.unflatten(-1, (-1, self.options.head_dim)).transpose(1, 2)
+        if norm is not None and self.options.qk_norm == "head":
+            x = norm(x)
+        return x
+
+    def reset_parameters(self) -> None:
+        pass  # only child layers
+
+    def parameter_plan(self) -> dict[str, int | None]:
+        plan: dict[str, int | None] = {"q_proj.weight": 0, "k_proj.weight": 0, "v_proj.weight": 0, "o_proj.weight": 1}
+        if self.options.qk_norm != "none":
+            split = 0 if self.options.qk_norm == "full" else None
+            plan |= {"q_norm.weight": split, "k_norm.weight": split}
+        return plan
+
+    def mixing_flops(self, seq_len: int) -> float:
+        window = min(self.options.window or seq_len, seq_len)
+        keys = window - window * (window - 1) / (2 * seq_len)  # keys a query sees, averaged over the sequence
+        return 4 * self.options.num_heads * self.options.head_dim * keys
+
+    def state_bytes(self, seq_len: int) -> int:
+        tokens = seq_len if self.options.window is None else min(seq_len, self.options.window - 1)
+        return 2 * 2 * tokens * self.options.num_kv_heads * self.options.head_dim
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn channel i with channel i + head_dim/2 by the rotary angle; x (B, H, T, head_dim)."""
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return x * cos + turned * sin

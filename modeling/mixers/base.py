@@ -1,0 +1,58 @@
+"""The base class of token mixers, and their registry."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from riverrun.modeling.layout import Layout
+
+States = dict[str, torch.Tensor]
+
+
+class Mixer(nn.Module, ABC):
+    """A layer that mixes information over time: attention or a recurrence.
+
+    A subclass is built from (options, hidden_size) and registered by name with `@register`. One `forward` serves
+    training, prefill and single decoding steps: `states` carries whatever the layer needs from the tokens before. The
+    projection back into the residual stream is a Linear named `o_proj` (its initialisation is scaled with depth).
+    """
+
+    @abstractmethod
+    def forward(self, x: torch.Tensor, layout: Layout, states: States | None = None) -> torch.Tensor:
+        """x (B, T, hidden_size) → (B, T, hidden_size).
+
+        `states` (None in training) holds the layer's states after the tokens before `x`, batch first; it is empty at
+        the start and is updated in place. A packed `layout` starts from zero states.
+        """
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Initialise the parameters that this module holds itself (not those of its child layers)."""
+
+    @abstractmethod
+    def parameter_plan(self) -> dict[str, int | None]:
+        """For each parameter, the dimension that tensor parallelism splits; None: replicated."""
+
+    @abstractmethod
+    def mixing_flops(self, seq_len: int) -> float:
+        """FLOPs a token of the forward pass beyond the weight matrices (counted as 2 a parameter), in chunks of the
+        default size, averaged over a sequence of `seq_len` tokens."""
+
+    @abstractmethod
+    def state_bytes(self, seq_len: int) -> int:
+        """Bytes of decoding state a sequence after `seq_len` tokens, recurrent states in fp32, the rest in bf16."""
+
+
+MIXERS: dict[str, type[Mixer]] = {}
+
+
+def register(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
+    """Class decorator: make a mixer known to `layer_pattern` under `name`."""
+
+    def add(mixer: type[Mixer]) -> type[Mixer]:
+        MIXERS[name] = mixer
+        return mixer
+
+    return add

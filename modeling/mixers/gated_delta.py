@@ -1,0 +1,88 @@
+"""Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464) and gated DeltaProduct (Siems et al. 2025, arXiv 2502.10297)."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from riverrun.kernels.gated_delta import gated_delta
+from riverrun.kernels.gated_rms_norm import gated_rms_norm
+from riverrun.modeling.layers import ShortConv, fp32_parameter, init_decay
+from riverrun.modeling.layout import Layout
+from riverrun.modeling.mixers.base import Mixer, States, register
+from riverrun.modeling.mixers.options import GatedDeltaOptions
+
+
+@register("gated_delta")
+class GatedDelta(Mixer):
+    """n Householder steps a token: keys, values and β of step j are channels (j, head, ·) of their projections."""
+
+    def __init__(self, options: GatedDeltaOptions, hidden_size: int, norm_eps: float):
+        super().__init__()
+        self.options = options
+        H, n, K, V = options.num_heads, options.num_householder, options.head_dim, options.value_dim
+        self.q_proj = nn.Linear(hidden_size, H * K, bias=False)
+        self.k_proj = nn.Linear(hidden_size, n * H * K, bias=False)
+        self.v_proj = nn.Linear(hidden_size, n * H * V, bias=False)
+        self.b_proj = nn.Linear(hidden_size, n * H, bias=False)
+        self.q_conv = ShortConv(H * K, options.conv_kernel, bias=False)
+        self.k_conv = ShortConv(n * H * K, options.conv_kernel, bias=False)
+        self.v_conv = ShortConv(n * H * V, options.conv_kernel, bias=False)
+        if options.use_gate:
+            self.a_proj = nn.Linear(hidden_size, H, bias=False)
+            self.A_log = fp32_parameter(H)
+            self.dt_bias = fp32_parameter(H)
+        self.g_proj = nn.Linear(hidden_size, H * V, bias=False) if options.output_gate else None
+        self.norm_weight = nn.Parameter(torch.empty(V))
+        self.o_proj = nn.Linear(H * V, hidden_size, bias=False)
+
+    def forward(self, hidden: torch.Tensor, layout: Layout, states: States | None = None) -> torch.Tensor:
+        o = self.options
+        H, n, K, V = o.num_heads, o.num_householder, o.head_dim, o.value_dim
+        hidden = layout.flatten(hidden)
+        q = self.q_conv(self.q_proj(hidden), layout, states, "q_conv").unflatten(-1, (H, K))
+        k = self.k_conv(self.k_proj(hidden), layout, states, "k_conv").unflatten(-1, (n, H, K))
+        v = self.v_conv(self.v_proj(hidden), layout, states, "v_conv").unflatten(-1, (n, H, V))
+        beta = self.b_proj(hidden).float().sigmoid().unflatten(-1, (n, H))
+        if o.allow_neg_eigval:
+            beta = 2 * beta
+        g = None
+        if o.use_gate:
+            g = -self.A_log.float().exp() * F.softplus(self.a_proj(hidden).float() + self.dt_bias.float())
+        y, state = gated_delta(
+            q, k, v, beta, g, qk_l2norm=True,
+            initial_state=None if states is None or layout.cu_seqlens is not None else states.get("delta"),
+            cu_seqlens=layout.cu_seqlens, chunk_size=o.chunk_size,
+        )  # fmt: skip
+        if states is not None:
+            states["delta"] = layout.last(state)
+        gate = None if self.g_proj is None else self.g_proj(hidden).unflatten(-1, (H, V))
+        y = gated_rms_norm(y, gate, self.norm_weight, eps=o.norm_eps, norm_before_gate=True)
+        return layout.unflatten(self.o_proj(y.flatten(2)))
+
+    def reset_parameters(self) -> None:
+        o = self.options
+        if o.use_gate:
+            init_decay(self.A_log, self.dt_bias, o.A_init_min, o.A_init_max, o.dt_min, o.dt_max, o.dt_floor)
+        nn.init.ones_(self.norm_weight)
+
+    def parameter_plan(self) -> dict[str, int | None]:
+        # k, v and b hold n steps of all heads, step first: a shard takes its heads of every step
+        plan: dict[str, int | None] = {f"{n}_proj.weight": 0 for n in "qkvb"}
+        plan |= {f"{n}_conv.weight": 0 for n in "qkv"}
+        if self.options.use_gate:
+            plan |= {"a_proj.weight": 0, "A_log": 0, "dt_bias": 0}
+        if self.g_proj is not None:
+            plan["g_proj.weight"] = 0
+        return plan | {"norm_weight": None, "o_proj.weight": 1}
+
+    def mixing_flops(self, seq_len: int) -> float:
+        o = self.options
+        chunk = min(o.chunk_size, seq_len * o.num_householder)  # sub-steps that share one triangular solve
+        step = 4 * o.head_dim * o.value_dim + 2 * chunk * (2 * o.head_dim + o.value_dim)
+        read = 2 * o.head_dim * o.value_dim + 2 * chunk * (o.head_dim + o.value_dim)
+        return o.num_heads * (o.num_householder * step + read)
+
+    def state_bytes(self, seq_len: int) -> int:
+        o = self.options
+        channels = o.num_heads * (o.head_dim + o.num_householder * (o.head_dim + o.value_dim))
+        return 4 * o.num_heads * o.head_dim * o.value_dim + 2 * (o.conv_kernel - 1) * channels

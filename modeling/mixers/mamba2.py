@@ -1,0 +1,78 @@
+"""Mamba-2 (Dao & Gu 2024, arXiv 2405.21060, §7): short convolutions, the SSD recurrence, a gated norm."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from riverrun.kernels.gated_rms_norm import gated_rms_norm
+from riverrun.kernels.ssd import ssd
+from riverrun.modeling.layers import ShortConv, fp32_parameter, init_decay
+from riverrun.modeling.layout import Layout
+from riverrun.modeling.mixers.base import Mixer, States, register
+from riverrun.modeling.mixers.options import Mamba2Options
+
+
+@register("mamba2")
+class Mamba2(Mixer):
+    """z, x, B, C, dt are projections of their own; the norm acts on each of the G groups, after the gate."""
+
+    def __init__(self, options: Mamba2Options, hidden_size: int, norm_eps: float):
+        super().__init__()
+        self.options = options
+        inner = options.expand * hidden_size
+        groups = options.num_groups * options.state_size
+        self.num_heads = inner // options.head_dim
+        self.z_proj = nn.Linear(hidden_size, inner, bias=False)
+        self.x_proj = nn.Linear(hidden_size, inner, bias=False)
+        self.B_proj = nn.Linear(hidden_size, groups, bias=False)
+        self.C_proj = nn.Linear(hidden_size, groups, bias=False)
+        self.dt_proj = nn.Linear(hidden_size, self.num_heads, bias=False)
+        self.x_conv = ShortConv(inner, options.conv_kernel, options.conv_bias)
+        self.B_conv = ShortConv(groups, options.conv_kernel, options.conv_bias)
+        self.C_conv = ShortConv(groups, options.conv_kernel, options.conv_bias)
+        self.A_log = fp32_parameter(self.num_heads)
+        self.dt_bias = fp32_parameter(self.num_heads)
+        self.D = fp32_parameter(self.num_heads)
+        self.norm_weight = nn.Parameter(torch.empty(inner))
+        self.o_proj = nn.Linear(inner, hidden_size, bias=False)
+
+    def forward(self, hidden: torch.Tensor, layout: Layout, states: States | None = None) -> torch.Tensor:
+        o = self.options
+        hidden = layout.flatten(hidden)
+        x = self.x_conv(self.x_proj(hidden), layout, states, "x_conv").unflatten(-1, (self.num_heads, o.head_dim))
+        B = self.B_conv(self.B_proj(hidden), layout, states, "B_conv").unflatten(-1, (o.num_groups, o.state_size))
+        C = self.C_conv(self.C_proj(hidden), layout, states, "C_conv").unflatten(-1, (o.num_groups, o.state_size))
+        dt = F.softplus(self.dt_proj(hidden).float() + self.dt_bias.float())
+        y, state = ssd(
+            x, dt, -self.A_log.float().exp(), B, C, self.D.float(),
+            initial_state=None if states is None or layout.cu_seqlens is not None else states.get("ssd"),
+            cu_seqlens=layout.cu_seqlens, chunk_size=o.chunk_size,
+        )  # fmt: skip
+        if states is not None:
+            states["ssd"] = layout.last(state)
+        y = gated_rms_norm(y.flatten(2), self.z_proj(hidden), self.norm_weight, eps=o.norm_eps, groups=o.num_groups)
+        return layout.unflatten(self.o_proj(y))
+
+    def reset_parameters(self) -> None:
+        o = self.options
+        init_decay(self.A_log, self.dt_bias, o.A_init_min, o.A_init_max, o.dt_min, o.dt_max, o.dt_floor)
+        nn.init.ones_(self.D)
+        nn.init.ones_(self.norm_weight)
+
+    def parameter_plan(self) -> dict[str, int | None]:
+        plan: dict[str, int | None] = {f"{n}_proj.weight": 0 for n in ("z", "x", "B", "C", "dt")}
+        plan |= {f"{n}_conv.weight": 0 for n in ("x", "B", "C")}
+        if self.options.conv_bias:
+            plan |= {f"{n}_conv.bias": 0 for n in ("x", "B", "C")}
+        return plan | {"A_log": 0, "dt_bias": 0, "D": 0, "norm_weight": 0, "o_proj.weight": 1}
+
+    def mixing_flops(self, seq_len: int) -> float:
+        o = self.options
+        chunk = min(o.chunk_size, seq_len)
+        scores = 2 * chunk * o.num_groups * o.state_size
+        return scores + self.num_heads * o.head_dim * (2 * chunk + 4 * o.state_size)
+
+    def state_bytes(self, seq_len: int) -> int:
+        o = self.options
+        channels = self.num_heads * o.head_dim + 2 * o.num_groups * o.state_size
+        return 4 * self.num_heads * o.head_dim * o.state_size + 2 * (o.conv_kernel - 1) * channels

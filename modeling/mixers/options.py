@@ -1,0 +1,201 @@
+"""The options of each token mixer: one frozen dataclass a mixer, named as in the papers.
+
+`0` for a size means "derived from the model's width" by the rule in the field's comment; `resolve` writes the derived
+value in, so that a saved config is explicit. Every `problems` method lists all violations at once, each with its fix.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Softmax attention with grouped queries (GQA), full or in a sliding window, rotary positions or none."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    num_heads: int = 0  # hidden_size / head_dim
+    num_kv_heads: int = 0  # num_heads (no grouping)
+    head_dim: int = 64
+    window: int | None = None  # tokens each query sees, itself included; None: all
+    rope: bool = True  # rotary positions; False is "NoPE", common in hybrids
+    rope_theta: float = 10_000.0
+    qk_norm: Literal["none", "head", "full"] = "none"  # RMSNorm on q and k, per head or over the full width
+
+    def resolve(self, hidden_size: int) -> "AttentionOptions":
+        num_heads = self.num_heads or max(1, hidden_size // self.head_dim)
+        return replace(self, num_heads=num_heads, num_kv_heads=self.num_kv_heads or num_heads)
+
+    def problems(self, hidden_size: int) -> list[str]:
+        found = []
+        if self.head_dim < 2 or self.head_dim % 2:
+            found.append(f"attention.head_dim={self.head_dim} must be even (rotary positions turn pairs of channels)")
+        if self.num_heads < 1 or self.num_kv_heads < 1 or self.num_heads % max(1, self.num_kv_heads):
+            found.append(
+                f"attention.num_heads={self.num_heads} must be a positive multiple of "
+                f"attention.num_kv_heads={self.num_kv_heads}"
+            )
+        if self.window is not None and self.window < 1:
+            found.append(f"attention.window={self.window} must be at least 1 token, or left out for full attention")
+        if self.rope_theta <= 0:
+            found.append(f"attention.rope_theta={self.rope_theta} must be positive; 10000 is usual")
+        return found
+
+
+@dataclass(frozen=True)
+class Mamba2Options:
+    """Mamba-2 (Dao & Gu 2024, arXiv 2405.21060)."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    expand: int = 2  # inner width / hidden_size
+    head_dim: int = 64  # P
+    state_size: int = 128  # N
+    num_groups: int = 1  # G: heads that share B and C
+    conv_kernel: int = 4
+    conv_bias: bool = True
+    norm_eps: float = 1e-5
+    chunk_size: int = 64
+    A_init_min: float = 1.0
+    A_init_max: float = 16.0
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    dt_floor: float = 1e-4
+
+    def resolve(self, hidden_size: int) -> "Mamba2Options":
+        return self
+
+    def problems(self, hidden_size: int) -> list[str]:
+        found = _positive("mamba2", self, "expand", "head_dim", "state_size", "num_groups", "conv_kernel", "chunk_size")
+        if found:
+            return found
+        inner = self.expand * hidden_size
+        if inner % self.head_dim:
+            found.append(
+                f"mamba2.head_dim={self.head_dim} must divide mamba2.expand × hidden_size = {inner}; "
+                f"try {_divisor_near(inner, self.head_dim)}"
+            )
+        elif (inner // self.head_dim) % self.num_groups:
+            found.append(
+                f"mamba2.num_groups={self.num_groups} must divide the {inner // self.head_dim} heads "
+                f"(expand × hidden_size / head_dim)"
+            )
+        if not 0 < self.A_init_min <= self.A_init_max:
+            found.append(
+                "mamba2.A_init_min and A_init_max must satisfy 0 < A_init_min ≤ A_init_max; the paper has 1, 16"
+            )
+        if not 0 < self.dt_min <= self.dt_max:
+            found.append("mamba2.dt_min and dt_max must satisfy 0 < min ≤ max; the paper has 0.001, 0.1")
+        return found
+
+
+@dataclass(frozen=True)
+class GatedDeltaOptions:
+    """Gated DeltaNet (arXiv 2412.06464) and, with more than one Householder step, gated DeltaProduct (2502.10297)."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    num_heads: int = 0  # 0.75 · hidden_size / head_dim, the papers' sizing, at least 1
+    head_dim: int = 128  # K
+    expand_v: float = 2.0  # V / K
+    num_householder: int = 1  # n: Householder steps a token
+    allow_neg_eigval: bool = True  # β in [0, 2] instead of [0, 1]: transitions with eigenvalues in [-1, 1]
+    use_gate: bool = True  # the decay α; False is DeltaNet / DeltaProduct
+    output_gate: bool = True
+    conv_kernel: int = 4
+    norm_eps: float = 1e-5
+    chunk_size: int = 64
+    A_init_min: float = 1.0
+    A_init_max: float = 16.0
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    dt_floor: float = 1e-4
+
+    @property
+    def value_dim(self) -> int:
+        return int(self.head_dim * self.expand_v)
+
+    def resolve(self, hidden_size: int) -> "GatedDeltaOptions":
+        return replace(self, num_heads=self.num_heads or max(1, 3 * hidden_size // (4 * self.head_dim)))
+
+    def problems(self, hidden_size: int) -> list[str]:
+        found = _positive("gated_delta", self, "num_heads", "head_dim", "num_householder", "conv_kernel", "chunk_size")
+        if self.value_dim < 1 or self.value_dim != self.head_dim * self.expand_v:
+            found.append(
+                f"gated_delta.expand_v={self.expand_v} × head_dim={self.head_dim} must be a whole number of channels"
+            )
+        if not 0 < self.A_init_min <= self.A_init_max:
+            found.append("gated_delta.A_init_min and A_init_max must satisfy 0 < A_init_min ≤ A_init_max")
+        if not 0 < self.dt_min <= self.dt_max:
+            found.append("gated_delta.dt_min and dt_max must satisfy 0 < dt_min ≤ dt_max")
+        return found
+
+
+@dataclass(frozen=True)
+class _ParaOptions:
+    """What the two ParaRNN cells (arXiv 2510.21450) share."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    expand: float = 1.0  # inner width / hidden_size
+    num_heads: int = 4  # blocks of the block-diagonal input projection; the recurrence itself is per channel
+    conv_kernel: int = 4
+    max_recurrent_weight: float = 0.5  # bound on |a|, |c| by a tanh parametrisation; the paper's LM recipe has 0.5
+    norm_eps: float = 1e-5
+    tolerance: float = 1e-5  # largest change at a chunk boundary that counts as converged
+
+    @property
+    def name(self) -> str:
+        return "para"
+
+    def inner_size(self, hidden_size: int) -> int:
+        return int(hidden_size * self.expand)
+
+    def resolve(self, hidden_size: int):
+        return self
+
+    def problems(self, hidden_size: int) -> list[str]:
+        found = _positive(self.name, self, "num_heads", "conv_kernel", "max_recurrent_weight", "tolerance", "expand")
+        if not found and self.inner_size(hidden_size) % self.num_heads:
+            found.append(
+                f"{self.name}.num_heads={self.num_heads} must divide expand × hidden_size = "
+                f"{self.inner_size(hidden_size)}; try {_divisor_near(self.inner_size(hidden_size), self.num_heads)}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class ParaGRUOptions(_ParaOptions):
+    """ParaGRU: a GRU with diagonal recurrent weights, trained in parallel over time."""
+
+    @property
+    def name(self) -> str:
+        return "para_gru"
+
+
+@dataclass(frozen=True)
+class ParaLSTMOptions(_ParaOptions):
+    """ParaLSTM: a coupled-gate (CIFG) LSTM with diagonal recurrent weights and peepholes."""
+
+    @property
+    def name(self) -> str:
+        return "para_lstm"
+
+
+MixerOptions = AttentionOptions | Mamba2Options | GatedDeltaOptions | ParaGRUOptions | ParaLSTMOptions
+
+OPTIONS: dict[str, type] = {
+    "attention": AttentionOptions,
+    "mamba2": Mamba2Options,
+    "gated_delta": GatedDeltaOptions,
+    "para_gru": ParaGRUOptions,
+    "para_lstm": ParaLSTMOptions,
+}
+
+
+def _positive(mixer: str, options: object, *names: str) -> list[str]:
+    return [f"{mixer}.{n}={getattr(options, n)} must be positive" for n in names if getattr(options, n) <= 0]
+
+
+def _divisor_near(n: int, wanted: int) -> int:
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))

@@ -1,0 +1,215 @@
+"""`RiverrunForCausalLM`: embedding, blocks, head. The model that trains is the model that is saved."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from riverrun.kernels.linear_cross_entropy import linear_cross_entropy
+from riverrun.modeling.block import Block
+from riverrun.modeling.cache import RiverrunCache
+from riverrun.modeling.config import RiverrunConfig
+from riverrun.modeling.layers import RMSNorm
+from riverrun.modeling.layout import Layout, rotary_tables
+
+
+@dataclass
+class CausalLMOutput(CausalLMOutputWithPast):
+    """transformers' output, and what training needs besides.
+
+    Attributes:
+        cross_entropy: summed next-token cross-entropy in nats, without z-loss, detached.
+    """
+
+    cross_entropy: torch.Tensor | None = None
+
+
+class RiverrunModel(nn.Module):
+    """Token embedding, the blocks and the final norm."""
+
+    def __init__(self, config: RiverrunConfig):
+        super().__init__()
+        self.options = config.options
+        self.embed_tokens = nn.Embedding(self.options.vocab_size, self.options.hidden_size)
+        self.layers = nn.ModuleList(Block(self.options, mixer) for mixer in self.options.layers)
+        self.norm = RMSNorm(self.options.hidden_size, self.options.norm_eps)
+        self.recompute = False
+
+    def forward(self, input_ids: torch.Tensor, layout: Layout, cache: RiverrunCache | None = None) -> torch.Tensor:
+        """input_ids (B, T) → hidden states (B, T, hidden_size) after the final norm; `cache` is updated in place."""
+        x = self.embed_tokens(input_ids)
+        self._prepare_attention(layout, cache, x.dtype)
+        for i, block in enumerate(self.layers):
+            if cache is not None:
+                x = block(x, layout, cache.layers[i])
+            elif self.recompute and self.training:
+                x = checkpoint(block, x, layout, use_reentrant=False)
+            else:
+                x = block(x, layout)
+        if cache is not None:
+            cache.advance(layout.positions, layout.sequence)
+        return self.norm(x)
+
+    def _prepare_attention(self, layout: Layout, cache: RiverrunCache | None, dtype: torch.dtype) -> None:
+        """Rotary tables and the mask, once for all attention layers."""
+        if "attention" not in self.options.layer_pattern:
+            return
+        options = self.options.attention
+        past = cache.seen if cache is not None else 0
+        if options.window is not None:
+            past = min(past, options.window - 1)
+        valid = cache.valid[:, cache.valid.shape[1] - past :] if cache is not None and cache.valid is not None else None
+        layout.mask = layout.attention_mask(options.window, valid, past)
+        if options.rope:
+            layout.rope = rotary_tables(layout.positions, options.head_dim, options.rope_theta, dtype)
+
+
+class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
+    """A language model over a `RiverrunConfig`; trains, decodes with a constant-size recurrent state, saves itself."""
+
+    config_class = RiverrunConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = False  # `set_recompute` instead
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _no_split_modules = ["Block"]
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "D"]
+    _supports_sdpa = True
+    _is_stateful = True  # states cannot be rolled back: no assisted or contrastive decoding
+
+    def __init__(self, config: RiverrunConfig):
+        super().__init__(config)
+        self.model = RiverrunModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: RiverrunCache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        cu_seqlens: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        num_targets: torch.Tensor | int | None = None,
+        z_loss: float = 0.0,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutput | tuple:
+        """Logits, or the training loss without ever materialising all logits.
+
+        Args:
+            input_ids: (B, T) tokens.
+            attention_mask: (B, T), or (B, seen + T) with a cache: 0 at left padding.
+            past_key_values: the cache that an earlier call returned; updated in place.
+            labels: (B, T) transformers' convention: the inputs themselves, shifted here; −100 is ignored.
+            use_cache: return a cache. Default: only if one is given.
+            logits_to_keep: compute logits for that many last positions only; 0: all.
+            cu_seqlens: (S + 1,) int32 bounds of packed documents over the flattened B·T tokens; row starts are bounds.
+            targets: (B, T) the token to predict at each position, already shifted; −100 is ignored. The training
+                loop's way: no logits are returned.
+            num_targets: what the summed loss is divided by; default: the number of targets here.
+            z_loss: weight of the squared log-partition, added to `loss`.
+
+        Returns:
+            `loss` and `cross_entropy` if there are targets; `logits` (B, T or logits_to_keep, vocab_size) unless
+            `targets` was given; `past_key_values` if a cache is used.
+
+        Raises:
+            ValueError: labels and targets together; a packed batch with a filled cache; padding on the right.
+        """
+        if labels is not None and targets is not None:
+            raise ValueError("give either labels (shifted here) or targets (already shifted), not both")
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = RiverrunCache(self.config.num_hidden_layers)
+        hidden = self.model(input_ids, self._layout(input_ids, attention_mask, cu_seqlens, cache), cache)
+
+        logits = loss = cross_entropy = None
+        if targets is None:
+            logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        if labels is not None:
+            targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
+        if targets is not None:
+            out = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), z_loss=z_loss)
+            loss = (out.loss + out.z_loss) / (out.num_targets if num_targets is None else num_targets)
+            cross_entropy = out.loss.detach()
+        result = CausalLMOutput(loss=loss, logits=logits, past_key_values=cache, cross_entropy=cross_entropy)
+        return result.to_tuple() if return_dict is False else result
+
+    def _layout(self, input_ids, attention_mask, cu_seqlens, cache) -> Layout:
+        B, T = input_ids.shape
+        fresh = cache is None or cache.seen == 0
+        if cu_seqlens is not None:
+            if not fresh:
+                raise ValueError("packed documents (cu_seqlens) cannot continue a cache: they start new sequences")
+            return Layout.of_documents((B, T), cu_seqlens)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            new = attention_mask[:, -T:]
+            if not (T == 1 and not fresh) and not bool(new.all()):
+                if not fresh:
+                    raise ValueError("only the first call of a cache can hold padding: pad the prompts on the left")
+                return Layout.of_left_padded(new)
+        start = input_ids.new_zeros(B) if fresh else cache.next_position
+        return Layout.of_rows((B, T), start)
+
+    # training
+
+    def set_recompute(self, enabled: bool) -> None:
+        """Recompute each block's activations in the backward pass (non-reentrant) instead of storing them."""
+        self.model.recompute = enabled
+
+    def compile_blocks(self) -> None:
+        """torch.compile every block in place; parameter names stay as they are."""
+        for block in self.model.layers:
+            block.compile()
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Forward FLOPs a token: 2 a matrix parameter (the head counted, the embedding look-up not) plus what the
+        mixers do beyond their matrices (`Mixer.mixing_flops`). Training costs three times that; recompute is not
+        counted, so that MFU is model FLOPs, not hardware FLOPs."""
+        matrices = sum(p.numel() for p in self.model.layers.parameters() if p.dim() >= 2)
+        matrices += self.lm_head.weight.shape[0] * self.lm_head.weight.shape[1]
+        return 2.0 * matrices + sum(block.mixer.mixing_flops(seq_len) for block in self.model.layers)
+
+    def state_bytes(self, seq_len: int) -> int:
+        """Bytes of decoding state a sequence after `seq_len` tokens."""
+        return sum(block.mixer.state_bytes(seq_len) for block in self.model.layers)
+
+    # transformers
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        params = list(module.parameters(recurse=False))
+        if params and all(getattr(p, "_is_hf_initialized", False) for p in params):
+            return  # loaded from a checkpoint
+        if isinstance(module, nn.Linear | nn.Embedding):
+            options = self.config.options
+            std = options.initializer_range
+            if getattr(module, "writes_residual", False):  # so that the stream's variance does not grow with depth
+                std /= math.sqrt(options.num_hidden_layers * (2 if options.intermediate_size else 1))
+            nn.init.normal_(module.weight, std=std)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # generate() leaves the cache to `forward`
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, attention_mask=None, use_cache=True, **kwargs
+    ):
+        if past_key_values is not None:
+            input_ids = input_ids[:, past_key_values.seen :]
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "logits_to_keep": 1,
+        }

@@ -1,0 +1,101 @@
+"""The shape of a model as plain dataclasses, shared by recipes (validated by pydantic) and saved configs."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from riverrun.modeling.mixers.options import (
+    OPTIONS,
+    AttentionOptions,
+    GatedDeltaOptions,
+    Mamba2Options,
+    ParaGRUOptions,
+    ParaLSTMOptions,
+)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """A decoder-only language model: `layer_pattern` repeated to `num_hidden_layers` blocks of mixer + SwiGLU.
+
+    `intermediate_size` 0 leaves the SwiGLU out (a pure Mamba-2 stack); None derives 8/3 · hidden_size, rounded up to a
+    multiple of 64.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    vocab_size: int = 32_000
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    layer_pattern: tuple[str, ...] = ("mamba2",)
+    intermediate_size: int | None = None
+    tie_word_embeddings: bool = False
+    norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    post_norm_attention: bool = False  # attention blocks norm the sublayers' outputs, not inputs (OLMo 2 and Hybrid)
+    attention: AttentionOptions = field(default_factory=AttentionOptions)
+    mamba2: Mamba2Options = field(default_factory=Mamba2Options)
+    gated_delta: GatedDeltaOptions = field(default_factory=GatedDeltaOptions)
+    para_gru: ParaGRUOptions = field(default_factory=ParaGRUOptions)
+    para_lstm: ParaLSTMOptions = field(default_factory=ParaLSTMOptions)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The mixer of every layer, in order."""
+        return tuple(self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_hidden_layers))
+
+    def resolve(self) -> "ModelOptions":
+        """A copy with every derived size written in."""
+        ffn = self.intermediate_size
+        if ffn is None:
+            ffn = -(-8 * self.hidden_size // (3 * 64)) * 64
+        mixers = {name: getattr(self, name).resolve(self.hidden_size) for name in OPTIONS}
+        return replace(self, intermediate_size=ffn, layer_pattern=tuple(self.layer_pattern), **mixers)
+
+    def problems(self) -> list[str]:
+        """Everything that is impossible about a resolved shape, each with its fix. Empty if the model can be built."""
+        found = []
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "norm_eps", "initializer_range"):
+            if getattr(self, name) <= 0:
+                found.append(f"{name}={getattr(self, name)} must be positive")
+        if self.intermediate_size is not None and self.intermediate_size < 0:
+            found.append(f"intermediate_size={self.intermediate_size} must be positive, or 0 for no SwiGLU")
+        if not self.layer_pattern:
+            found.append(f"layer_pattern is empty; name at least one of {', '.join(OPTIONS)}")
+        for name in sorted(set(self.layer_pattern) - set(OPTIONS)):
+            found.append(f"layer_pattern names an unknown mixer {name!r}; choose from {', '.join(OPTIONS)}")
+        if len(self.layer_pattern) > self.num_hidden_layers:
+            found.append(
+                f"layer_pattern has {len(self.layer_pattern)} entries but num_hidden_layers={self.num_hidden_layers}; "
+                "add layers or shorten the pattern"
+            )
+        for name in dict.fromkeys(self.layer_pattern):
+            if name in OPTIONS and self.hidden_size > 0:
+                found += getattr(self, name).problems(self.hidden_size)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; the options of mixers that no layer uses are left out."""
+        out = asdict(self)
+        out["layer_pattern"] = list(self.layer_pattern)
+        for name in set(OPTIONS) - set(self.layer_pattern):
+            del out[name]
+        return out
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelOptions":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: unknown keys.
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown model options: {', '.join(unknown)}; known ones: {', '.join(sorted(known))}")
+        values = dict(values)
+        for name, options in OPTIONS.items():
+            if isinstance(values.get(name), Mapping):
+                values[name] = options(**values[name])
+        if "layer_pattern" in values:
+            values["layer_pattern"] = tuple(values["layer_pattern"])
+        return cls(**values)

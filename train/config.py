@@ -1,0 +1,130 @@
+"""The schema of a recipe. `train/recipe.py` reads recipes into it and lists what is wrong with them."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+from riverrun.modeling.options import ModelOptions
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A table of a recipe: unknown keys and values of another type are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(Section):
+    """One token store of a training mixture, and its share of the tokens relative to the other weights."""
+
+    path: str
+    weight: PositiveFloat = 1.0
+
+
+class DataConfig(Section):
+    train: list[Source] = []  # token stores written by `riverrun data prepare`; TOML may give one path as a string
+    held_out: str | None = None  # a token store for evaluation during and after training
+    tokenizer: str | None = None  # the tokenizer that goes into checkpoints and exports; must match the stores
+    seq_len: PositiveInt = 2048
+
+
+class TrainConfig(Section):
+    steps: PositiveInt = 1000  # optimiser steps
+    global_batch_size: PositiveInt = 64  # rows of data.seq_len tokens a step, over all ranks
+    micro_batch_size: PositiveInt = 8  # rows a rank computes at once; the rest of its share is accumulated
+    seed: NonNegativeInt = 0
+    dtype: Literal["bf16", "fp32"] = "bf16"  # of parameters and activations; the optimiser's copy is always fp32
+    recompute: bool = False  # recompute each block's activations in the backward pass instead of storing them
+    compile: bool = False  # torch.compile each block
+    z_loss: NonNegativeFloat = 0.0  # weight of logsumexp² of the logits; 1e-4 to 1e-5 is usual
+    log_every: PositiveInt = 10  # steps between records in metrics.jsonl; the loss is averaged over them
+    eval_every: NonNegativeInt = 0  # steps between evaluations on data.held_out; 0: only at the end
+    eval_rows: PositiveInt = 64  # rows of data.seq_len tokens an evaluation reads
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices by Muon, everything else by AdamW
+    lr: PositiveFloat = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1  # not on norms, biases, A_log, D, dt_bias and recurrent vectors
+    grad_clip: NonNegativeFloat = 1.0  # maximum global gradient norm; 0: no clipping
+    muon_lr: PositiveFloat = 0.02
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+
+
+class ScheduleConfig(Section):
+    name: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: NonNegativeInt = 100
+    decay_steps: NonNegativeInt = 0  # wsd only: length of the final decay
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1  # of the peak, at the end
+
+
+class EngineConfig(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    zero_stage: Literal[1, 2, 3] = 1
+    collective_timeout_minutes: PositiveFloat = 10.0
+
+
+class CheckpointConfig(Section):
+    every: NonNegativeInt = 500  # steps between checkpoints; 0: only at the end
+    keep: PositiveInt = 3  # newest checkpoints that are kept
+
+
+class LogConfig(Section):
+    tensorboard: bool = True
+    wandb: bool = False  # needs the `wandb` extra
+    peak_tflops: PositiveFloat | None = None  # of one device, dense, in train.dtype, for MFU; None: by device name
+
+
+class Recipe(Section):
+    """A whole training run. `problems` lists what is impossible across fields, before anything is allocated."""
+
+    name: str = "custom"
+    description: str = ""
+    model: ModelOptions = ModelOptions()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    def problems(self) -> list[str]:
+        """Every impossible combination, each with its fix. Checks of files, devices and ranks come at start-up."""
+        found = [f"model.{p}" for p in self.model.resolve().problems()]
+        train, schedule = self.train, self.schedule
+        if train.global_batch_size % train.micro_batch_size:
+            found.append(
+                f"train.global_batch_size={train.global_batch_size} must be a multiple of "
+                f"train.micro_batch_size={train.micro_batch_size} (times the number of data-parallel ranks)"
+            )
+        if schedule.warmup_steps >= train.steps:
+            found.append(
+                f"schedule.warmup_steps={schedule.warmup_steps} must be less than train.steps={train.steps}: "
+                f"set schedule.warmup_steps={train.steps // 10} or train longer"
+            )
+        if schedule.name == "wsd" and not 0 < schedule.decay_steps <= train.steps - schedule.warmup_steps:
+            found.append(
+                f"schedule.decay_steps={schedule.decay_steps} must be between 1 and train.steps - warmup_steps = "
+                f"{train.steps - schedule.warmup_steps} for the wsd schedule"
+            )
+        if schedule.name == "cosine" and schedule.decay_steps:
+            found.append("schedule.decay_steps belongs to the wsd schedule: drop it or set schedule.name='wsd'")
+        if not all(0 <= beta < 1 for beta in self.optimizer.betas):
+            found.append(f"optimizer.betas={list(self.optimizer.betas)} must lie in [0, 1); (0.9, 0.95) is usual")
+        for mixer in ("mamba2", "gated_delta"):
+            chunk = getattr(self.model, mixer).chunk_size
+            if mixer in self.model.layer_pattern and self.data.seq_len < chunk:
+                found.append(
+                    f"data.seq_len={self.data.seq_len} is shorter than model.{mixer}.chunk_size={chunk}: "
+                    f"set model.{mixer}.chunk_size={max(1, self.data.seq_len)} or use longer rows"
+                )
+        if not self.data.train:
+            found.append("data.train is empty: name a token store (write one with `riverrun data prepare`)")
+        if train.eval_every and self.data.held_out is None:
+            found.append("train.eval_every needs data.held_out: name a held-out token store, or set train.eval_every=0")
+        return found
