@@ -4,18 +4,17 @@ The WY form of a product of Householder matrices (DeltaNet, arXiv 2406.06484, §
 with chunks aligned to tokens. A chunk holds Q tokens, so C = Q n sub-steps. Indices i, j run over sub-steps, t over
 tokens; G is the log decay summed from the start of the chunk, γ = exp(G), and S the state (K, V) at the chunk's start.
 
-    A_ij = β_i exp(G_i - G_j) ⟨k_i, k_j⟩ for j < i                  T = (I + A)⁻¹
-    P_tj = exp(G_t - G_j) ⟨q_t, k_j⟩ for j up to the last sub-step of token t
-    k̃_j  = exp(G_C - G_j) k_j
+    A_ij = β_i exp(G_i - G_j) ⟨k_i, k_j⟩ for j < i                              T = (I + A)⁻¹
+    P_tj = exp(G_t - G_j) ⟨q_t, k_j⟩ for j up to the last sub-step of token t   k̃_j = exp(G_C - G_j) k_j
 
-With W = T (βγK) and U = T (βV), the corrected values of the chunk are U - W S, so outputs and next state are both affine
-in S, and no chunk needs its neighbour until S is known:
+    V̂  = T (βV - βγK S)        the values as corrected by all earlier sub-steps (U - W S in the paper)
+    S' = γ_C S + K̃ᵀ V̂          the state at the end of the chunk
+    O  = γQ S + P V̂
 
-    O  = (γQ - P W) S + P U
-    S' = (γ_C I - K̃ᵀ W) S + K̃ᵀ U
+Only the two lines for V̂ and S' are a loop over chunks.
 
-The triangular system is solved by forward substitution in full precision: with β up to 2 and repeated keys the powers
-of A grow beyond float32, although its inverse stays below 2, so a Neumann series or low precision would not do.
+T is found by forward substitution in full precision: with β up to 2 and repeated keys the powers of A grow beyond
+float32, although no entry of T exceeds 2 for unit keys, so a Neumann series or low precision would not do.
 Every exponent is a difference ≤ 0.
 """
 
@@ -41,9 +40,9 @@ def gated_delta_chunked(
 
     Padding has β = 0 and g = 0: it leaves the state alone.
     """
-    (T, n, H, K), V = k.shape[1:], v.shape[-1]
+    (num_tokens, n, H, K), V = k.shape[1:], v.shape[-1]
     out_dtype, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
-    chunks = chunk_layout(q, min(max(chunk_size // n, 1), T), cu_seqlens)
+    chunks = chunk_layout(q, min(max(chunk_size // n, 1), num_tokens), cu_seqlens)
     M, Q = chunks.index.shape
     C = Q * n
 
@@ -55,7 +54,7 @@ def gated_delta_chunked(
     q, k, bk, bv = (q * scale).contiguous(), k.contiguous(), (beta * k).contiguous(), (beta * v).contiguous()
 
     if g is None:
-        from_start = to_end = decay = q.new_ones(1, 1, 1, 1)
+        from_start = to_end = decay = q.new_ones(M, 1, 1, 1)
         between = torch.ones(Q, Q, dtype=dtype, device=q.device).tril()
     else:
         G = chunks.split(g).to(dtype).cumsum(1).mT  # (M, H, Q); the gate enters at a token's first sub-step
@@ -66,16 +65,22 @@ def gated_delta_chunked(
 
     # only the strict lower triangle of A is read by the solve
     A = ((bk @ k.mT).view(M, H, Q, n, Q, n) * between[..., :, None, :, None]).view(M, H, C, C)
-    T_inv = torch.linalg.solve_triangular(A, torch.eye(C, dtype=dtype, device=q.device), upper=False, unitriangular=True)
-    P = ((q @ k.mT).view(M, H, Q, Q, n) * between[..., None]).view(M, H, Q, C)
-    PT, KT = P @ T_inv, (k * _per_sub_step(to_end, n)).mT @ T_inv  # (M, H, Q, C), (M, H, K, C)
-    minus_bk = bk * _per_sub_step(-from_start, n)
+    eye = torch.eye(C, dtype=dtype, device=q.device)
+    T = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
+    erase = bk * _per_sub_step(-from_start, n)
+    write = k * _per_sub_step(to_end, n)
+    corrected = []
+
+    def step(S, T, erase, bv, write, decay):
+        corrected.append(T @ (bv + erase @ S))
+        return decay * S + write.mT @ corrected[-1]
 
     num_sequences = len(chunks.order)
     state = q.new_zeros(num_sequences, H, K, V) if initial_state is None else initial_state.to(dtype)
-    transition = decay * torch.eye(K, dtype=dtype, device=q.device) + KT @ minus_bk
-    starts, final_state = chunks.scan(lambda S, F, U: U + F @ S, state, transition, KT @ bv)
-    o = PT @ bv + (q * from_start + PT @ minus_bk) @ starts
+    starts, final_state = chunks.scan(step, state, T, erase, bv, write, decay)
+
+    P = ((q @ k.mT).view(M, H, Q, Q, n) * between[..., None]).view(M, H, Q, C)
+    o = (q * from_start) @ starts + P @ torch.cat(corrected)
     return chunks.join(o.transpose(1, 2)).to(out_dtype), final_state
 
 

@@ -37,9 +37,10 @@ def gated_delta_reference(
     bounds = sequence_bounds(q, cu_seqlens).tolist()
     outputs, states = [], []
     for i, (start, end) in enumerate(itertools.pairwise(bounds)):
-        rows = (t if t is None else t[:, start:end] for t in (q, k, v, beta, g))
+        rows = slice(start, end)
+        gate = None if g is None else g[:, rows]
         state = None if initial_state is None else initial_state[i : i + 1]
-        o, state = _recurrence(*rows, scale, qk_l2norm, state)
+        o, state = _recurrence(q[:, rows], k[:, rows], v[:, rows], beta[:, rows], gate, scale, qk_l2norm, state)
         outputs.append(o)
         states.append(state)
     return torch.cat(outputs, dim=1), torch.cat(states)

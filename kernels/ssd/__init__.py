@@ -20,7 +20,7 @@ def ssd(
     backend: str = "auto",
     chunk_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_tᵀ,  y_t = h_t C_t + D x_t  (Mamba-2, arXiv 2405.21060, eq. 1-2 and §6).
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_tᵀ,  y_t = h_t C_t + D x_t  (Mamba-2, arXiv 2405.21060).
 
     Arithmetic is float32 (float64 if `x` is float64), also under autocast. Values are not checked.
 
