@@ -28,6 +28,7 @@ class DataConfig(Section):
     held_out: str | None = None  # a token store for evaluation during and after training
     tokenizer: str | None = None  # the tokenizer that goes into checkpoints and exports; must match the stores
     seq_len: PositiveInt = 2048
+    verify: bool = True  # check all checksums of the stores at the start (rank 0 reads them whole); False: sizes only
 
 
 class TrainConfig(Section):
@@ -95,6 +96,16 @@ class Recipe(Section):
 
     def problems(self) -> list[str]:
         """Every impossible combination, each with its fix. Checks of files, devices and ranks come at start-up."""
+        found = [
+            f"model.{mixer}.head_dim={options.head_dim} must be positive; {usual} is usual"
+            for mixer, options, usual in (
+                ("attention", self.model.attention, 64),
+                ("gated_delta", self.model.gated_delta, 128),
+            )
+            if options.head_dim < 1
+        ]
+        if found:
+            return found  # the sizes derived from it do not exist
         found = [f"model.{p}" for p in self.model.resolve().problems()]
         train, schedule = self.train, self.schedule
         if train.global_batch_size % train.micro_batch_size:
@@ -123,8 +134,17 @@ class Recipe(Section):
                     f"data.seq_len={self.data.seq_len} is shorter than model.{mixer}.chunk_size={chunk}: "
                     f"set model.{mixer}.chunk_size={max(1, self.data.seq_len)} or use longer rows"
                 )
+        if self.data.held_out is not None and self.data.held_out in [source.path for source in self.data.train]:
+            found.append(
+                f"data.held_out={self.data.held_out} is also in data.train: evaluate on a store that is not trained on"
+            )
+        return found + self.missing()
+
+    def missing(self) -> list[str]:
+        """What only the user can name, and did not."""
+        found = []
         if not self.data.train:
             found.append("data.train is empty: name a token store (write one with `riverrun data prepare`)")
-        if train.eval_every and self.data.held_out is None:
+        if self.train.eval_every and self.data.held_out is None:
             found.append("train.eval_every needs data.held_out: name a held-out token store, or set train.eval_every=0")
         return found

@@ -1,0 +1,105 @@
+"""Read a Hugging Face folder as a Riverrun model. Reads JSON and safetensors only, and runs no code from the folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from riverrun.modeling.config import RiverrunConfig
+from riverrun.modeling.hf import mamba2, olmo_hybrid
+from riverrun.modeling.hf.folder import SafetensorsFolder, read_json
+from riverrun.modeling.hf.remote_code import MODEL_CLASS
+from riverrun.modeling.hf.weights import check_weights, identity, import_tensors
+from riverrun.modeling.model import RiverrunForCausalLM
+
+
+def import_model(hf_dir: Path) -> tuple[RiverrunConfig, dict[str, torch.Tensor]]:
+    """Config and weights by our parameters' names, in the dtypes of the files (tied weights once).
+
+    Raises:
+        ValueError: the folder holds no such model, one of another architecture, weights in pickle files only, or
+            tensors that are missing, unexpected or of another shape.
+    """
+    hf_dir = Path(hf_dir)
+    values = read_json(hf_dir / "config.json")
+    architecture = (values.get("architectures") or [None])[0]
+    readers = {
+        MODEL_CLASS: _from_riverrun,
+        mamba2.ARCHITECTURE: mamba2.from_hf,
+        olmo_hybrid.ARCHITECTURE: olmo_hybrid.from_hf,
+    }
+    if architecture not in readers:
+        raise ValueError(
+            f"{hf_dir} holds a model of architecture {architecture}, which cannot be imported; "
+            f"supported are {', '.join(readers)}"
+        )
+    tensors: Mapping[str, torch.Tensor] = SafetensorsFolder(hf_dir)
+    if values.get("tie_word_embeddings") and "lm_head.weight" in tensors:  # a second name of the embedding
+        tensors = {name: tensors[name] for name in tensors if name != "lm_head.weight"}
+    try:
+        return readers[architecture](values, tensors)
+    except ValueError as error:
+        raise ValueError(f"{hf_dir}: {error}") from error
+
+
+def load_pretrained(hf_dir: Path, dtype: torch.dtype | None = None) -> RiverrunForCausalLM:
+    """A model ready for evaluation and generation, from any folder that `import_model` reads.
+
+    Args:
+        dtype: of the weights; None: as in the files. The recurrences' A_log, dt_bias and D are always float32.
+
+    Raises:
+        ValueError: see `import_model`.
+    """
+    hf_dir = Path(hf_dir)
+    config, weights = import_model(hf_dir)
+    model = build_model(config, weights, dtype)
+    if (hf_dir / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(hf_dir, local_files_only=True)
+    return model
+
+
+def read_config(folder: Path) -> RiverrunConfig:
+    """The config that `RiverrunConfig.save_pretrained` wrote into `folder`, such as a run's.
+
+    Raises:
+        ValueError: there is none, or it is not Riverrun's.
+    """
+    try:
+        return _config(read_json(Path(folder) / "config.json"))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def build_model(
+    config: RiverrunConfig, weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> RiverrunForCausalLM:
+    """The model with these weights, in evaluation mode, without initialising or copying it first.
+
+    Raises:
+        ValueError: weights that do not fit the config.
+    """
+    check_weights(weights, config)
+    with torch.device("meta"):
+        model = RiverrunForCausalLM(config)
+    for name, old in list(model.named_parameters()):
+        keep_fp32 = getattr(old, "keep_fp32", False)
+        new = torch.nn.Parameter(weights[name].to(torch.float32 if keep_fp32 else dtype or weights[name].dtype))
+        new.__dict__.update(old.__dict__)  # keep_fp32, no_weight_decay
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, new)
+    model.tie_weights()
+    return model.eval()
+
+
+def _from_riverrun(values: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> tuple[RiverrunConfig, dict]:
+    config = _config(values)
+    return config, import_tensors(identity(config), tensors, config)
+
+
+def _config(values: dict[str, Any]) -> RiverrunConfig:
+    if not isinstance(values.get("model"), dict):
+        raise ValueError("config.json has no `model` section: it was not written by Riverrun")
+    return RiverrunConfig(model=values["model"])

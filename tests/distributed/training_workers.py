@@ -1,0 +1,317 @@
+"""Processes that train, for the tests here and in tests/train.
+
+They are forked from a server that has imported everything already, so that a rank costs a fraction of a second.
+"""
+
+import contextlib
+import math
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed  # noqa: F401 - slow to import: once, in the server
+import torch
+import torch.nn.functional as F
+from deepspeed.runtime.zero.muon import original_muon
+from torch import nn
+from transformers.utils import ModelOutput
+
+from riverrun.train import checkpoint, distributed, loop
+from riverrun.train import engine as engines
+from riverrun.train.config import EngineConfig, OptimizerConfig, Recipe, TrainConfig
+from riverrun.train.inputs import HeldOut, Inputs
+
+VOCAB, WIDTH, ROWS, LENGTH, MICRO_BATCHES, STEPS = 32, 16, 2, 9, 4, 4
+LR, MUON_LR, CLIP, DECAY, Z_LOSS = 1e-2, 2e-2, 0.5, 0.1, 1e-3
+CASES = {
+    "adamw-fp32-1": ("adamw", "fp32", 1),
+    "adamw-fp32-2": ("adamw", "fp32", 2),
+    "adamw-fp32-3": ("adamw", "fp32", 3),
+    "adamw-bf16-1": ("adamw", "bf16", 1),
+    "adamw-bf16-2": ("adamw", "bf16", 2),
+    "adamw-bf16-3": ("adamw", "bf16", 3),
+    "muon-fp32-1": ("muon", "fp32", 1),
+    "muon-bf16-1": ("muon", "bf16", 1),
+}
+
+
+def start(function: Callable[..., None], *args: Any, world: int = 1, log: Path) -> list[multiprocessing.Process]:
+    """Runs `function(ranks, *args)` in `world` processes of one process group; their output goes to `log`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training_workers"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        context.Process(target=_rank, args=(function, args, rank, world, port, log)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def run(function: Callable[..., None], *args: Any, world: int = 1, log: Path) -> list[int | None]:
+    """`start`, and the exit codes once all are done; when one is killed, those that wait for it are killed too."""
+    processes = start(function, *args, world=world, log=log)
+    while any(p.is_alive() for p in processes):
+        if any(p.exitcode == -signal.SIGKILL for p in processes):
+            for process in processes:
+                process.kill()
+        processes[0].join(0.05)
+    return [p.exitcode for p in processes]
+
+
+def read(log: Path) -> str:
+    return log.read_text() if log.exists() else "no rank came so far as to write a log"
+
+
+def _rank(function, args, rank, world, port, log):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    try:
+        function(distributed.start("cpu", rank, world, rank, 2), *args)
+    finally:
+        sys.stderr.flush()
+        with contextlib.suppress(RuntimeError):
+            distributed.stop()
+
+
+# A tiny model for the engine
+
+
+@dataclass
+class Output(ModelOutput):
+    loss: torch.Tensor | None = None
+    cross_entropy: torch.Tensor | None = None
+
+
+class Scale(nn.Module):
+    """A vector that asks to stay in fp32 and not to decay."""
+
+    def __init__(self):
+        super().__init__()
+        self.A_log = nn.Parameter(torch.linspace(0.5, 1, WIDTH))
+        self.A_log.keep_fp32 = self.A_log.no_weight_decay = True
+
+    def forward(self, x):
+        return (x.float() * self.A_log.float().exp()).to(x.dtype)
+
+
+class Tiny(nn.Module):
+    """The training interface of `RiverrunForCausalLM`, over an MLP."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb, self.norm = nn.Embedding(VOCAB, WIDTH), nn.LayerNorm(WIDTH)
+        self.up, self.down, self.scale = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(3 * WIDTH, WIDTH), Scale()
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, groups=WIDTH, padding=1)
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, targets, cu_seqlens=None, num_targets=None, z_loss=0.0):
+        x = self.emb(input_ids)
+        x = x + self.down(F.silu(self.up(self.norm(x))))
+        x = self.scale(self.conv(x.mT).mT)
+        logits = self.head(x).float().flatten(0, 1)
+        ce = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
+        z = z_loss * (torch.logsumexp(logits, -1).square() * (targets.flatten() != -100)).sum()
+        return Output((ce + z) / num_targets, ce.detach())
+
+
+@dataclass
+class Batch:
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    cu_seqlens: torch.Tensor | None
+    num_targets: int
+
+    def to(self, device):
+        return replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device))
+
+
+def batches(step, number=MICRO_BATCHES):
+    """All micro batches of a step; the first ones have fewer targets."""
+    generator = torch.Generator().manual_seed(100 + step)
+    out = []
+    for index in range(number):
+        tokens = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=generator)
+        labels = tokens[:, 1:].clone()
+        labels[:, : 2 * (number - index) - 1] = -100
+        out.append(Batch(tokens[:, :-1], labels, None, int((labels != -100).sum())))
+    return out
+
+
+def train_tiny(ranks: distributed.Ranks, folder: Path) -> None:
+    """Every case of `CASES`: writes its losses, gradient norms and final master weights to FOLDER/<case>.pt."""
+    accumulation = MICRO_BATCHES // ranks.world_size
+    mine = slice(ranks.rank * accumulation, (ranks.rank + 1) * accumulation)
+    for case, (optimizer, dtype, stage) in CASES.items():
+        if case == "muon-fp32-1":  # the test compares in fp32 what DeepSpeed does in bf16
+            original_muon.ns_compute_dtype = lambda method: torch.float32
+        engine = engines.Engine(
+            Tiny(),
+            OptimizerConfig(name=optimizer, lr=LR, muon_lr=MUON_LR, weight_decay=DECAY, grad_clip=CLIP),
+            TrainConfig(micro_batch_size=ROWS, dtype=dtype, z_loss=Z_LOSS),
+            EngineConfig(zero_stage=stage),
+            ranks,
+            accumulation,
+        )
+        losses, norms = [], []
+        for step in range(STEPS):
+            (total,) = ranks.total(engine.accumulate(batches(step)[mine]).item())
+            losses.append(total / sum(b.num_targets for b in batches(step)))
+            norms.append(engine.step(1 - step / STEPS).grad_norm)
+        (held_out,) = ranks.total(sum(engine.evaluate(b).item() for b in batches(99)[mine]))
+        engine.save(folder / case)
+        weights = engines.load_weights(folder / case)
+        if stage < 3:  # stage 3's weights cannot be touched from here
+            skip_a_step(engine, ranks, batches(STEPS)[mine], folder / case / "after", weights)
+        if ranks.rank == 0:
+            result = {"losses": losses, "norms": norms, "weights": weights, "held_out": held_out}
+            torch.save(result, folder / f"{case}.pt")
+    norms_of_sums = {stage: accumulate_many(ranks, stage) for stage in (1, 2)}
+    if ranks.rank == 0:
+        torch.save(norms_of_sums, folder / "accumulation.pt")
+
+
+def accumulate_many(ranks: distributed.Ranks, stage: int) -> tuple[float, float, float]:
+    """The norm of a gradient summed over 32 micro batches: the engine's, and of sums in fp32 and in bf16."""
+    number = 32
+    settings = OptimizerConfig(), TrainConfig(micro_batch_size=ROWS), EngineConfig(zero_stage=stage)
+    engine = engines.Engine(Tiny(), *settings, ranks, number)
+    step = batches(0, number=number)
+    params = list(engine.module.parameters())
+    fp32, bf16 = [p.detach().float() * 0 for p in params], [p.detach().bfloat16() * 0 for p in params]
+    for b in step:
+        total = sum(other.num_targets for other in step)
+        loss = engine.module(b.input_ids, b.labels, num_targets=torch.tensor(float(total))).loss
+        for exact, rounded, gradient in zip(fp32, bf16, torch.autograd.grad(loss, params)):
+            exact += gradient.float()
+            rounded += gradient.bfloat16()
+    engine.accumulate(step)  # every rank has the same batches: the mean over ranks is each rank's sum
+    norms = [math.sqrt(sum(t.double().square().sum().item() for t in sums)) for sums in (fp32, bf16)]
+    return engine.step(0.0).grad_norm, norms[0], norms[1]
+
+
+def skip_a_step(engine, ranks, step, folder, before) -> None:
+    """A gradient that is not finite on one rank only: all ranks skip the step, and go on after it."""
+    weight = engine.module.scale.A_log
+    kept = weight.detach().clone()
+    if ranks.rank == ranks.world_size - 1:
+        weight.data.fill_(float("inf"))
+    engine.accumulate(step)
+    update = engine.step(1.0)
+    assert update.skipped and engine.global_steps == STEPS + 1
+    weight.data.copy_(kept)
+    engine.save(folder)
+    after = engines.load_weights(folder)
+    assert before.keys() == after.keys() == dict(Tiny().named_parameters()).keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    engine.accumulate(step)
+    assert not engine.step(1.0).skipped
+
+
+# Whole runs of a small recipe on generated data
+
+
+def recipe(**sections: dict[str, Any]) -> Recipe:
+    """20 steps on 8 rows of 16 tokens, saved every 4 steps."""
+    values: dict[str, Any] = {
+        "model": {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "layer_pattern": ["mamba2", "attention"],
+            "mamba2": {"head_dim": 16, "chunk_size": 8},
+            "attention": {"head_dim": 16},
+        },
+        "data": {"seq_len": 16, "train": [{"path": "generated"}]},
+        "train": {"steps": 20, "global_batch_size": 8, "micro_batch_size": 2, "log_every": 3, "eval_every": 10},
+        "optimizer": {"lr": 1e-2},
+        "schedule": {"warmup_steps": 2},
+        "checkpoint": {"every": 4, "keep": 2},
+        "log": {"tensorboard": False},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    loaded = Recipe.model_validate(values)
+    return loaded.model_copy(update={"model": loaded.model.resolve()})
+
+
+class Counting:
+    """Rows that count up from a random start: learnable, and a pure function of the step."""
+
+    def __init__(self, config: Recipe, ranks: distributed.Ranks, at: dict[int, Callable[[], None]]):
+        self.config, self.ranks, self.at = config, ranks, at
+
+    def step(self, step: int) -> list[Batch]:
+        self.at.get(step, lambda: None)()
+        train, length = self.config.train, self.config.data.seq_len
+        generator = torch.Generator().manual_seed(step)
+        begin = torch.randint(0, 64, (train.global_batch_size, 1), generator=generator)
+        tokens = (begin + torch.arange(length + 1)) % 64
+        mine = tokens.chunk(self.ranks.world_size)[self.ranks.rank]
+        return [
+            Batch(rows[:, :-1], rows[:, 1:].contiguous(), None, rows[:, 1:].numel())
+            for rows in mine.split(train.micro_batch_size)
+        ]
+
+
+def train_run(
+    ranks: distributed.Ranks, config: Recipe, run_dir: Path, resume: str = "auto", fault: str = "", at: int = -1
+) -> None:
+    """`loop.run` on generated data, with a fault injected at step `at`. Exits with the outcome's code."""
+    last = ranks.rank == ranks.world_size - 1
+
+    def send(number: int) -> Callable[[], None]:
+        return lambda: os.kill(os.getpid(), number) if last else None
+
+    def twice() -> None:
+        send(signal.SIGINT)()
+        time.sleep(1.2)
+        send(signal.SIGINT)()
+
+    faults = {"kill": send(signal.SIGKILL), "int": send(signal.SIGINT), "term": send(signal.SIGTERM), "int twice": twice}
+    data = Counting(config, ranks, {at: faults[fault]} if fault in faults else {})
+
+    save, describe, rename = checkpoint.save, checkpoint._sync_and_describe, Path.rename
+
+    def faulty_save(folder: Path, step: int, *rest: Any) -> Path:
+        if step != at:
+            return save(folder, step, *rest)
+        if fault == "disk full" and last:  # no file can grow beyond 4 KiB
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+            try:
+                return save(folder, step, *rest)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        if fault == "kill while writing":
+            checkpoint._sync_and_describe = lambda path: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        if fault == "kill before renaming":
+            Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, method-assign]
+        try:
+            return save(folder, step, *rest)
+        finally:
+            checkpoint._sync_and_describe, Path.rename = describe, rename  # type: ignore[method-assign]
+
+    checkpoint.save = faulty_save  # type: ignore[assignment]
+    inputs = Inputs(data, HeldOut(data, [10**6]), 4.0, 4.0, {"generated": "1"}, None)
+    loop.open_inputs = lambda *_: inputs  # type: ignore[assignment]
+    outcome = loop.run(config, run_dir, resume, ranks)
+    print(outcome.message)
+    sys.exit(outcome.exit_code)

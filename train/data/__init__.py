@@ -1,0 +1,1 @@
+"""From text to batches: tokenisers, the token store, packing, mixtures and the loader."""

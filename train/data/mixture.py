@@ -1,0 +1,74 @@
+"""Weighted mixtures of stores: which row each sample of the training order is."""
+
+import bisect
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+from riverrun.train.data.order import Permutation
+from riverrun.train.data.packing import PackedRows, Row
+
+PERIOD = 1000  # weights are rounded to multiples of 1/PERIOD
+
+
+class Mixture:
+    """An endless sequence of rows from several stores in fixed proportions.
+
+    Sample i comes from the store that is furthest behind its share (so that any stretch of samples has the exact
+    proportions to within one row a store), and is the next row of that store's own order: each store is walked without
+    repeats, in a new order (seed, store, epoch) every time it has been used up. Everything is a pure function of
+    (seed, i), in constant time and memory.
+
+    Raises:
+        ValueError: a weight below 1/1000 of the total.
+    """
+
+    def __init__(self, sources: Sequence[PackedRows], weights: Sequence[float], seed: int):
+        assert sources and len(sources) == len(weights)
+        self.sources, self.seed = sources, seed
+        self.pattern = _pattern(weights)
+        # for each place of the pattern, how many samples its store had before; per store, its places
+        self.places = [[p for p, s in enumerate(self.pattern) if s == source] for source in range(len(sources))]
+        self._orders: dict[tuple[int, int], Permutation] = {}
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """The store and the row of sample `i`."""
+        cycle, place = divmod(i, len(self.pattern))
+        source = self.pattern[place]
+        places = self.places[source]
+        nth = cycle * len(places) + bisect.bisect_left(places, place)
+        epoch, offset = divmod(nth, len(self.sources[source]))
+        return source, self._order(source, epoch)(offset)
+
+    def __getitem__(self, i: int) -> Row:
+        source, row = self.locate(i)
+        return self.sources[source][row]
+
+    def epochs(self, samples: int) -> list[float]:
+        """How often each store has been walked after that many samples."""
+        cycles, place = divmod(samples, len(self.pattern))
+        used = [cycles * len(places) + bisect.bisect_left(places, place) for places in self.places]
+        return [n / len(source) for n, source in zip(used, self.sources)]
+
+    def _order(self, source: int, epoch: int) -> Permutation:
+        key = (source, epoch)
+        if key not in self._orders:
+            self._orders = {k: v for k, v in self._orders.items() if k[0] != source}  # one epoch at a time
+            self._orders[key] = Permutation(len(self.sources[source]), self.seed, source, epoch)
+        return self._orders[key]
+
+
+def _pattern(weights: Sequence[float]) -> list[int]:
+    """One period of the assignment of samples to stores: always to the store furthest behind its share."""
+    total = sum(weights)
+    shares = [Fraction(round(PERIOD * w / total), PERIOD) for w in weights]
+    if not all(shares):
+        raise ValueError(f"a data.train weight is less than 1/{PERIOD} of the total: raise it, or drop that store")
+    shares = [share / sum(shares) for share in shares]
+    length = math.lcm(*(share.denominator for share in shares))
+    pattern, used = [], [0] * len(shares)
+    for i in range(1, length + 1):
+        source = max(range(len(shares)), key=lambda s: (shares[s] * i - used[s], -s))
+        pattern.append(source)
+        used[source] += 1
+    return pattern

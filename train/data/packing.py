@@ -1,0 +1,90 @@
+"""Fixed-length rows cut from a store's documents laid end to end, with the documents' bounds."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from riverrun.train.data.store import TokenStore
+
+IGNORED = -100  # a target that has no loss
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of T tokens.
+
+    Attributes:
+        input_ids: (T,) int64.
+        targets: (T,) int64, the next token of the same document; IGNORED at a document's last token.
+        starts: positions > 0 in the row at which a document begins.
+    """
+
+    input_ids: np.ndarray
+    targets: np.ndarray
+    starts: np.ndarray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro batch of B rows of T tokens.
+
+    Attributes:
+        input_ids: (B, T) int64.
+        targets: (B, T) int64, IGNORED where there is no loss.
+        cu_seqlens: (S + 1,) int32 bounds of the sequences in the flattened B·T tokens; rows begin sequences.
+        num_targets: targets that have a loss.
+    """
+
+    input_ids: torch.Tensor
+    targets: torch.Tensor
+    cu_seqlens: torch.Tensor
+    num_targets: int
+
+    def to(self, device: torch.device | str) -> "Batch":
+        tensors = (t.to(device, non_blocking=True) for t in (self.input_ids, self.targets, self.cu_seqlens))
+        return Batch(*tensors, self.num_targets)
+
+
+class PackedRows:
+    """A store as rows of `seq_len` tokens; row i covers tokens [i · seq_len, (i + 1) · seq_len) of the corpus.
+
+    A row sees one token more than it holds, the target of its last one; the corpus's last, incomplete row is dropped.
+
+    Raises:
+        ValueError: a store shorter than one row.
+    """
+
+    def __init__(self, store: TokenStore, seq_len: int):
+        self.store, self.seq_len = store, seq_len
+        self.num_rows = (store.num_tokens - 1) // seq_len
+        if self.num_rows < 1:
+            raise ValueError(
+                f"{store.folder} holds {store.num_tokens} tokens, less than one row of data.seq_len={seq_len}: "
+                "prepare a larger corpus or shorten the rows"
+            )
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, i: int) -> Row:
+        start = i * self.seq_len
+        tokens = self.store.tokens(start, start + self.seq_len + 1).astype(np.int64)
+        starts = self.store.document_starts(start + 1, start + self.seq_len + 1) - start
+        targets = tokens[1:].copy()
+        targets[starts - 1] = IGNORED  # the token before a document's first does not predict it
+        return Row(tokens[:-1], targets, starts[starts < self.seq_len])
+
+
+def collate(rows: list[Row]) -> Batch:
+    """Rows of equal length as one micro batch."""
+    length = len(rows[0].input_ids)
+    bounds = [np.concatenate([[0], row.starts]) + i * length for i, row in enumerate(rows)]
+    cu_seqlens = np.concatenate([*bounds, [len(rows) * length]]).astype(np.int32)
+    targets = np.stack([row.targets for row in rows])
+    return Batch(
+        torch.from_numpy(np.stack([row.input_ids for row in rows])),
+        torch.from_numpy(targets),
+        torch.from_numpy(cu_seqlens),
+        int((targets != IGNORED).sum()),
+    )
