@@ -72,6 +72,11 @@ def init_decay(A_log: nn.Parameter, dt_bias: nn.Parameter, A_min, A_max, dt_min,
         dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
 
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    """To fp32 from a narrower type: decays and gates near one lose too much in bf16. fp64 stays, for exact tests."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def fp32_parameter(*shape: int) -> nn.Parameter:
     """A small recurrence parameter: kept in fp32 under bf16 training, and without weight decay."""
     param = nn.Parameter(torch.empty(*shape, dtype=torch.float32))

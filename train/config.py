@@ -41,7 +41,7 @@ class TrainConfig(Section):
     compile: bool = False  # torch.compile each block
     z_loss: NonNegativeFloat = 0.0  # weight of logsumexp² of the logits; 1e-4 to 1e-5 is usual
     log_every: PositiveInt = 10  # steps between records in metrics.jsonl; the loss is averaged over them
-    eval_every: NonNegativeInt = 0  # steps between evaluations on data.held_out; 0: only at the end
+    eval_every: NonNegativeInt = 0  # steps between evaluations on data.held_out, from step 0 on; 0: only at the end
     eval_rows: PositiveInt = 64  # rows of data.seq_len tokens an evaluation reads
 
 

@@ -20,41 +20,43 @@ def causal_conv1d(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y_t = activation(bias + Σ_j weight[:, W−1−j] · x_{t−j}), j = 0 … W − 1, never across the start of a sequence.
 
+    Arithmetic is float32 (float64 if `x` is float64). Channels do not mix.
+
     Args:
         x: (B, T, D).
         weight: (D, W), the newest tap last.
         bias: (D,), optional.
         activation: None or "silu".
-        initial_state: (S, W − 1, D), the inputs before each sequence, oldest first; default: zeros. S is B, or the
-            number of documents.
-        cu_seqlens: (S + 1,) int32 bounds of documents packed into one row (then B = 1).
-        backend: "auto", "reference" or "chunked".
+        initial_state: (S, W − 1, D), the inputs before each sequence, oldest first; zeros if None. S is the batch
+            size, or the number of documents.
+        cu_seqlens: (S + 1,) integers rising strictly from 0 to T: the bounds of documents packed into a batch of one
+            row.
+        backend: "auto", "reference" or "chunked" (see `resolve_backend`).
 
     Returns:
-        y: (B, T, D) in the dtype of `x`.
-        state: (S, W − 1, D), the last inputs of each sequence, oldest first; of the dtype of `x`.
+        y (B, T, D), and the final state (S, W − 1, D): the last inputs of each sequence, oldest first, reaching back
+        into the initial state where a sequence is shorter. Both in the dtype of `x`.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown activation or backend, or cu_seqlens with B ≠ 1.
+        ValueError: an argument of the wrong shape, bad `cu_seqlens`, an unknown activation or backend.
     """
     op = "causal_conv1d"
-    if x.dim() != 3 or weight.dim() != 2:
-        raise ValueError(f"{op}: expected x (B, T, D), weight (D, W), got {tuple(x.shape)}, {tuple(weight.shape)}")
+    if x.dim() != 3 or 0 in x.shape:
+        raise ValueError(f"{op}: x must have shape (B, T, D), all at least 1, got {tuple(x.shape)}")
+    if weight.dim() != 2 or weight.shape[1] < 1:
+        raise ValueError(f"{op}: weight must have shape (D, W) with W at least 1, got {tuple(weight.shape)}")
     (B, T, D), W = x.shape, weight.shape[1]
     check_shape(op, "weight", weight, (D, W), "(D, W)")
     if bias is not None:
         check_shape(op, "bias", bias, (D,), "(D,)")
     if activation not in (None, "silu"):
         raise ValueError(f"{op}: activation must be None or 'silu', got {activation!r}")
-    if cu_seqlens is not None and B != 1:
-        raise ValueError(f"{op}: cu_seqlens describes documents packed into one row: expected batch size 1, got {B}")
     S = B if cu_seqlens is None else len(cu_seqlens) - 1
     if initial_state is None:
         initial_state = x.new_zeros(S, W - 1, D)
     check_shape(op, "initial_state", initial_state, (S, W - 1, D), "(S, W - 1, D)")
-    reference = resolve_backend(op, backend, x, T) == "reference"
-    convolve = causal_conv1d_reference if reference else causal_conv1d_chunked
-    y, state = convolve(x, weight.to(x.dtype), initial_state.to(x.dtype), cu_seqlens)
-    if bias is not None:
-        y = y + bias.to(x.dtype)
-    return F.silu(y) if activation == "silu" else y, state
+    initial_state = initial_state.to(x.dtype)
+    if resolve_backend(op, backend, x, T) == "reference":
+        y, state = causal_conv1d_reference(x, weight, bias, initial_state, cu_seqlens)
+        return (F.silu(y) if activation == "silu" else y).to(x.dtype), state
+    return causal_conv1d_chunked(x, weight, bias, activation == "silu", initial_state, cu_seqlens)

@@ -4,38 +4,79 @@ Every sequence is preceded by its initial state, W − 1 inputs, in one long row
 sequence's final state is the end of its stretch, also if it is shorter than the state.
 """
 
+from typing import Any
+
 import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from riverrun.kernels.common.chunks import sequence_bounds
 
 
 def causal_conv1d_chunked(
-    x: torch.Tensor, weight: torch.Tensor, initial_state: torch.Tensor, cu_seqlens: torch.Tensor | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    silu: bool,
+    initial_state: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`riverrun.kernels.causal_conv1d.causal_conv1d` without bias and activation."""
+    """`riverrun.kernels.causal_conv1d.causal_conv1d`; `initial_state` has the dtype of `x`."""
     T, tail = x.shape[1], weight.shape[1] - 1
     if cu_seqlens is None:
         row = torch.cat([initial_state, x], dim=1)  # (B, W - 1 + T, D)
-        return _taps(row, weight), row[:, T:]
+        return _Convolution.apply(row, weight, bias, silu), row[:, T:].contiguous()
 
-    bounds, S = cu_seqlens.long(), len(cu_seqlens) - 1
+    bounds = sequence_bounds(x, cu_seqlens).to(x.device)
+    sequence = torch.arange(len(bounds) - 1, device=x.device)
+    state_place = (bounds[:-1] + sequence * tail)[:, None] + torch.arange(tail, device=x.device)  # (S, W - 1)
+    final_place = state_place + bounds.diff()[:, None]
     token = torch.arange(T, device=x.device)
-    sequence = torch.searchsorted(bounds, token, right=True) - 1
-    place = token + (sequence + 1) * tail  # of every token in the long row
-    ends = bounds[1:] + (torch.arange(S, device=x.device) + 1) * tail
-    before_end = torch.arange(-tail, 0, device=x.device)
-    starts = ends - (bounds[1:] - bounds[:-1])
-    row = x.new_zeros(T + S * tail, x.shape[2])
-    row = row.index_copy(0, (starts[:, None] + before_end).flatten(), initial_state.flatten(0, 1))
-    row = row.index_copy(0, place, x[0])
-    y = _taps(row[None], weight)[0]  # output of the row's place p + tail stands at p
-    state = row[(ends[:, None] + before_end).flatten()].view(S, tail, -1)
-    return y[place - tail][None], state
+    place = token + torch.searchsorted(bounds, token, right=True) * tail  # of each token in the long row
+    source = torch.cat([state_place.flatten(), place]).argsort()
+    row = torch.cat([initial_state.flatten(0, 1), x[0]]).index_select(0, source)  # (S (W - 1) + T, D)
+    y = _Convolution.apply(row[None], weight, bias, silu)
+    # the output at a token's place stands W - 1 places earlier
+    y = y[0].index_select(0, place - tail)[None]
+    return y, row.index_select(0, final_place.flatten()).view(-1, tail, x.shape[2])
 
 
-def _taps(row: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """row (B, W − 1 + L, D) → (B, L, D)."""
-    W = weight.shape[1]
-    L = row.shape[1] - W + 1
-    y = row[:, :L] * weight[:, 0]
-    for w in range(1, W):
-        y = torch.addcmul(y, row[:, w : w + L], weight[:, w])
-    return y
+class _Convolution(torch.autograd.Function):
+    """row (B, W − 1 + T, D), weight (D, W), bias (D,) → (B, T, D); keeps the row and the input of the activation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, row: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool
+    ) -> torch.Tensor:
+        dtype = torch.promote_types(row.dtype, torch.float32)
+        W = weight.shape[1]
+        T = row.shape[1] - W + 1
+        inputs, taps = row.to(dtype), weight.to(dtype)
+        y = inputs[:, :T] * taps[:, 0]
+        for w in range(1, W):
+            y.addcmul_(inputs[:, w : w + T], taps[:, w])
+        if bias is not None:
+            y += bias
+        ctx.has_bias = bias is not None
+        if not silu:
+            ctx.save_for_backward(row, weight, None)
+            return y.to(row.dtype)
+        ctx.save_for_backward(row, weight, y.to(row.dtype))
+        return F.silu(y).to(row.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        row, weight, before_silu = ctx.saved_tensors
+        dtype = torch.promote_types(row.dtype, torch.float32)
+        T, W = grad.shape[1], weight.shape[1]
+        inputs, taps, grad = row.to(dtype), weight.to(dtype), grad.to(dtype)
+        if before_silu is not None:
+            grad = torch.ops.aten.silu_backward(grad, before_silu.to(dtype))
+        grad_row = torch.zeros_like(inputs)
+        grad_taps = []
+        for w in range(W):
+            grad_row[:, w : w + T].addcmul_(grad, taps[:, w])
+            grad_taps.append((grad * inputs[:, w : w + T]).sum((0, 1)))
+        grad_bias = grad.sum((0, 1)) if ctx.has_bias else None
+        return grad_row.to(row.dtype), torch.stack(grad_taps, dim=1).to(weight.dtype), grad_bias, None

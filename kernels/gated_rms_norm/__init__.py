@@ -14,20 +14,20 @@ def gated_rms_norm(
     norm_before_gate: bool = False,
 ) -> torch.Tensor:
     """RMSNorm(x · silu(gate)) · weight (Mamba-2, arXiv 2405.21060), or RMSNorm(x) · weight · silu(gate) (gated
-    DeltaNet, arXiv 2412.06464) with `norm_before_gate`. Statistics in float32 (float64 for float64 input).
+    DeltaNet, arXiv 2412.06464) with `norm_before_gate`. Arithmetic is float32 (float64 if `x` is float64).
 
     Args:
-        x: (…, D).
+        x: (…, D). A norm for each head takes x (…, H, D) and one weight for all heads.
         gate: (…, D), or None for a plain RMSNorm.
         weight: (D,).
         eps: added to the mean square.
-        groups: the mean square is taken over each of `groups` blocks of D / groups channels.
+        groups: the mean square is taken over each of `groups` blocks of D / groups neighbouring channels.
 
     Returns:
         (…, D) in the dtype of `x`.
 
     Raises:
-        ValueError: shapes that do not fit, or `groups` that do not divide D.
+        ValueError: an argument of the wrong shape, or `groups` that do not divide D.
     """
     D = x.shape[-1]
     if weight.shape != (D,):

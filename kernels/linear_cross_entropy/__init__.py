@@ -1,11 +1,11 @@
 """The language-model head and its cross-entropy in one op that never holds the logits of all tokens."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
-# logits that one chunk of tokens may take, in bytes
+# bytes that the logits of one chunk of tokens may take
 CHUNK_BYTES = 64 * 2**20
 
 
@@ -30,78 +30,103 @@ def linear_cross_entropy(
     """Cross-entropy of softmax(hidden · weightᵀ), computed for `chunk_size` tokens at a time.
 
     The backward pass computes each chunk's logits again, so that the largest tensor either way is (chunk_size, V).
-    The softmax is in float32 (float64 for float64 input), and the weight's gradient is accumulated in that type.
+    Logits and softmax are float32 (float64 if `hidden` is float64), also for bfloat16 inputs and under autocast; the
+    gradient of `weight` is summed over the chunks in that type.
 
     Args:
         hidden: (N, D).
-        weight: (V, D).
-        targets: (N,) int64 in [0, V), or `ignore_index`: no loss and no gradient there.
+        weight: (V, D); taken in the dtype of `hidden`.
+        targets: (N,) integers in [0, V), or `ignore_index`: no loss and no gradient there.
         z_loss: weight of the squared log-partition, log²Z (PaLM, arXiv 2204.02311, §5).
-        chunk_size: tokens a chunk; default: as many as fit 64 MiB of logits.
+        chunk_size: tokens a chunk; default: as many as have 64 MiB of logits.
         reduction: "sum" over tokens, or "none".
 
     Returns:
-        loss: the cross-entropy in nats: a scalar, or (N,) with zeros at ignored tokens. Without the z-loss.
-        z_loss: the weighted z-loss, of the same shape. Both carry gradients.
-        num_targets: how many targets were not ignored, int64 scalar.
+        loss: the cross-entropy in nats, without the z-loss: a scalar, or (N,) with zeros at ignored tokens.
+        z_loss: the weighted z-loss, of the same shape. The gradients of both are exact for any upstream gradient.
+        num_targets: how many targets are not `ignore_index`, an int64 scalar.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown reduction.
+        ValueError: an argument of the wrong shape, a chunk size below 1 or an unknown reduction.
     """
-    N, D = hidden.shape if hidden.dim() == 2 else (-1, -1)
-    if N < 0 or weight.dim() != 2 or weight.shape[1] != D or targets.shape != (N,):
+    op = "linear_cross_entropy"
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            "linear_cross_entropy: expected hidden (N, D), weight (V, D) and targets (N,), got "
-            f"{tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}"
+            f"{op}: expected hidden (N, D) and weight (V, D), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"{op}: targets must have shape (N,) = ({len(hidden)},), got {tuple(targets.shape)}")
     if reduction not in ("sum", "none"):
-        raise ValueError(f"linear_cross_entropy: reduction must be 'sum' or 'none', got {reduction!r}")
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
+        raise ValueError(f"{op}: reduction must be 'sum' or 'none', got {reduction!r}")
     if chunk_size is None:
-        chunk_size = max(1, CHUNK_BYTES // (weight.shape[0] * dtype.itemsize))
-    loss, z = _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, ignore_index, chunk_size)
+        chunk_size = max(1, CHUNK_BYTES // (len(weight) * _dtype(hidden).itemsize))
+    if chunk_size < 1:
+        raise ValueError(f"{op}: chunk_size must be at least 1, got {chunk_size}")
+    weight = weight.to(hidden.dtype)
+    loss, z = _LinearCrossEntropy.apply(hidden, weight, targets.long(), z_loss, ignore_index, chunk_size)
     if reduction == "sum":
         loss, z = loss.sum(), z.sum()
     return LinearCrossEntropy(loss, z, (targets != ignore_index).sum())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Per-token cross-entropy and z-loss, recomputed chunk by chunk in the backward pass."""
+    """Cross-entropy and z-loss of each token. With p the softmax and y the target's one-hot row,
+
+    d loss / d logits = p − y,    d z_loss / d logits = 2 z log Z · p.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, z_weight, ignore_index, chunk_size):
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        log_z = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
-        picked = torch.empty_like(log_z)
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        z_weight: float,
+        ignore_index: int,
+        chunk_size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         valid = targets != ignore_index
-        index = targets.where(valid, 0)
+        index = targets.where(valid, 0)[:, None]
+        log_z = hidden.new_empty(len(hidden), dtype=_dtype(hidden))
+        picked = torch.empty_like(log_z)
         for rows in _chunks(len(hidden), chunk_size):
-            logits = F.linear(hidden[rows], weight).to(dtype)
+            logits = _product(hidden[rows], weight.T)
             log_z[rows] = logits.logsumexp(1)
-            picked[rows] = logits.gather(1, index[rows, None]).squeeze(1)
+            picked[rows] = logits.gather(1, index[rows]).squeeze(1)
         ctx.save_for_backward(hidden, weight, index, valid, log_z)
         ctx.z_weight, ctx.chunk_size = z_weight, chunk_size
-        return (log_z - picked) * valid, z_weight * log_z.square() * valid
+        return (log_z - picked).where(valid, 0), (z_weight * log_z.square()).where(valid, 0)
 
     @staticmethod
-    def backward(ctx, grad_loss, grad_z):
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor, grad_z: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, index, valid, log_z = ctx.saved_tensors
-        dtype = log_z.dtype
-        grad_loss = grad_loss.to(dtype) * valid
-        # the gradient of a token's logits is softmax times this, less grad_loss at the target
-        grad_softmax = grad_loss + grad_z.to(dtype) * valid * 2 * ctx.z_weight * log_z
+        grad_loss = grad_loss.where(valid, 0)
+        of_softmax = grad_loss + (2 * ctx.z_weight) * log_z * grad_z.where(valid, 0)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros_like(weight, dtype=log_z.dtype) if ctx.needs_input_grad[1] else None
         for rows in _chunks(len(hidden), ctx.chunk_size):
-            logits = F.linear(hidden[rows], weight).to(dtype)
-            grad = logits.sub_(log_z[rows, None]).exp_().mul_(grad_softmax[rows, None])
-            grad.scatter_add_(1, index[rows, None], -grad_loss[rows, None])
+            grad = _product(hidden[rows], weight.T).sub_(log_z[rows, None]).exp_().mul_(of_softmax[rows, None])
+            grad.scatter_add_(1, index[rows], -grad_loss[rows, None])
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = grad @ weight
+                grad_hidden[rows] = _product(grad, weight).to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight += (grad.T @ hidden[rows]).to(dtype)
+                grad_weight += _product(grad.T, hidden[rows])
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b of low-precision matrices, summed and returned in float32; autocast has no say."""
+    dtype = _dtype(a)
+    with torch.autocast(a.device.type, enabled=False):
+        if a.is_cuda and a.dtype != dtype:
+            return torch.mm(a, b, out_dtype=dtype)
+        return a.to(dtype) @ b.to(dtype)
 
 
 def _chunks(total: int, size: int) -> list[slice]:

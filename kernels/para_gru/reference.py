@@ -1,4 +1,6 @@
-"""ParaGRU one step at a time: the definition the other backends are tested against."""
+"""ParaGRU one step at a time: the definition the other backends are tested against, and the decoding step."""
+
+import itertools
 
 import torch
 
@@ -6,26 +8,32 @@ from riverrun.kernels.common.chunks import sequence_bounds
 
 
 def para_gru_step(h: torch.Tensor, gates: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """One step; h (…, D), gates (…, 3, D) pre-activations z, r, n, weight (3, D). ParaRNN (arXiv 2510.21450), §4."""
+    """h (B, D), gates (B, 3, D), weight (3, D) → the next h."""
     a_z, a_r, a_n = weight
-    u_z, u_r, u_n = gates.unbind(-2)
+    u_z, u_r, u_n = gates.unbind(1)
     z = torch.sigmoid(a_z * h + u_z)
     r = torch.sigmoid(a_r * h + u_r)
     n = torch.tanh(a_n * (r * h) + u_n)
     return (1 - z) * h + z * n
 
 
-def para_gru_reference(gates, weight, initial_state, cu_seqlens):
-    bounds = sequence_bounds(gates, cu_seqlens).tolist()
+def para_gru_reference(
+    gates: torch.Tensor, weight: torch.Tensor, initial_state: torch.Tensor, cu_seqlens: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`riverrun.kernels.para_gru.para_gru` as a loop over tokens, one sequence (or batch of rows) after the other."""
     if cu_seqlens is None:
-        h, out = initial_state, []
-        for u in gates.unbind(1):
-            h = para_gru_step(h, u, weight)
-            out.append(h)
-        return torch.stack(out, 1), h
-    outs, finals = [], []
-    for s in range(len(bounds) - 1):
-        y, h = para_gru_reference(gates[:, bounds[s] : bounds[s + 1]], weight, initial_state[s : s + 1], None)
-        outs.append(y)
-        finals.append(h)
-    return torch.cat(outs, 1), torch.cat(finals)
+        return _recurrence(gates, weight, initial_state)
+    outs, states = [], []
+    for s, (start, end) in enumerate(itertools.pairwise(sequence_bounds(gates, cu_seqlens).tolist())):
+        out, state = _recurrence(gates[:, start:end], weight, initial_state[s : s + 1])
+        outs.append(out)
+        states.append(state)
+    return torch.cat(outs, dim=1), torch.cat(states)
+
+
+def _recurrence(gates: torch.Tensor, weight: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    out = []
+    for gates_t in gates.to(h.dtype).unbind(1):
+        h = para_gru_step(h, gates_t, weight.to(h.dtype))
+        out.append(h)
+    return torch.stack(out, dim=1).to(gates.dtype), h

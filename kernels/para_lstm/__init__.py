@@ -1,17 +1,66 @@
-"""ParaLSTM."""
+"""ParaLSTM: an LSTM with coupled gates, peepholes and diagonal recurrent weights, solved in parallel over time."""
+
 import torch
-from riverrun.kernels.common.chunks import sequence_bounds
-def _steps(gates, weight, peephole, s):
-    c,h=s.unbind(1); out=[]; a_f,a_o,a_c=weight; c_f,c_o=peephole
-    for u in gates.unbind(1):
-        uf,uo,uc=u.unbind(-2)
-        f=torch.sigmoid(a_f*h+c_f*c+uf); q=torch.tanh(a_c*h+uc); c=f*c+(1-f)*q; o=torch.sigmoid(a_o*h+c_o*c+uo); h=o*torch.tanh(c); out.append(h)
-    return torch.stack(out,1), torch.stack([c,h],1)
-def para_lstm(gates, weight, peephole, *, initial_state=None, cu_seqlens=None, backend="auto", chunk_size=None, tolerance=1e-5):
-    dt=torch.promote_types(gates.dtype, torch.float32); S=gates.shape[0] if cu_seqlens is None else len(cu_seqlens)-1
-    s=gates.new_zeros(S,2,gates.shape[-1],dtype=dt) if initial_state is None else initial_state.to(dt)
-    g=gates.to(dt); w=weight.to(dt); p=peephole.to(dt)
-    if cu_seqlens is None:
-        h,f=_steps(g,w,p,s); return h.to(gates.dtype),f
-    b=sequence_bounds(gates,cu_seqlens).tolist(); r=[_steps(g[:,b[i]:b[i+1]],w,p,s[i:i+1]) for i in range(S)]
-    return torch.cat([a for a,_ in r],1).to(gates.dtype), torch.cat([b_ for _,b_ in r])
+
+from riverrun.kernels.common.backend import check_shape, resolve_backend
+from riverrun.kernels.common.shooting import final_state, plan, state_dtype
+from riverrun.kernels.para_lstm.chunked import para_lstm_chunked
+from riverrun.kernels.para_lstm.reference import para_lstm_reference
+
+
+def para_lstm(
+    gates: torch.Tensor,
+    weight: torch.Tensor,
+    peephole: torch.Tensor,
+    *,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+    tolerance: float = 1e-5,
+    max_passes: int = 8,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """f = σ(a_f h₋ + c_f c₋ + u_f), c = f c₋ + (1 − f) tanh(a_c h₋ + u_c), o = σ(a_o h₋ + c_o c + u_o), h = o tanh(c).
+
+    Channel by channel; the output gate sees the new c. ParaRNN (Danieli et al. 2025, arXiv 2510.21450). Arithmetic is
+    float32 (float64 if `gates` is float64). The gradient is exact at the trajectory that the forward pass found.
+    `riverrun.kernels.common.shooting.take_statistics` tells how the solves went.
+
+    Args:
+        gates: (B, T, 3, D), the pre-activations u_f, u_o, u_c, bias already added.
+        weight: (3, D), a_f, a_o, a_c.
+        peephole: (2, D), c_f, c_o.
+        initial_state: (S, 2, D), c and h; zeros if None. S is the batch size, or the number of documents.
+        cu_seqlens: (S + 1,) integers rising strictly from 0 to T: the bounds of documents packed into a batch of one
+            row.
+        backend: "auto", "reference" or "chunked" (see `resolve_backend`).
+        chunk_size: tokens a chunk in the chunked backend; default: by measurement, which may be to step through time.
+        tolerance: how much a state at the start of a chunk may still change for the solve to have converged.
+        max_passes: after so many, a solve that has not converged is finished step by step, with a RuntimeWarning.
+
+    Returns:
+        h (B, T, D) in the dtype of `gates`, and the final state (S, 2, D), c and h, in float32 (float64 if `gates` is
+        float64).
+
+    Raises:
+        ValueError: an argument of the wrong shape, bad `cu_seqlens`, a chunk size or number of passes below 1, a
+            tolerance that is not positive, or a backend that there is not.
+    """
+    op = "para_lstm"
+    if gates.dim() != 4 or gates.shape[2] != 3 or 0 in gates.shape:
+        raise ValueError(f"{op}: gates must have shape (B, T, 3, D), all at least 1, got {tuple(gates.shape)}")
+    B, T, _, D = gates.shape
+    check_shape(op, "weight", weight, (3, D), "(3, D)")
+    check_shape(op, "peephole", peephole, (2, D), "(2, D)")
+    S = B if cu_seqlens is None else len(cu_seqlens) - 1
+    if initial_state is None:
+        initial_state = gates.new_zeros(S, 2, D, dtype=state_dtype(gates))
+    check_shape(op, "initial_state", initial_state, (S, 2, D), "(S, 2, D)")
+    chunk_size, max_passes = plan(op, gates, cu_seqlens, chunk_size, tolerance, max_passes)
+    initial_state = initial_state.to(state_dtype(gates))
+    if resolve_backend(op, backend, gates, T) == "reference":
+        return para_lstm_reference(gates, weight, peephole, initial_state, cu_seqlens)
+    weights = torch.cat([weight, peephole.to(weight.dtype)])
+    states = para_lstm_chunked(gates, weights, initial_state, cu_seqlens, chunk_size, tolerance, max_passes)
+    _, h = states.unbind(0)
+    return h.to(gates.dtype), final_state(states, cu_seqlens)

@@ -49,14 +49,14 @@ def export_model(
         ValueError: `out` exists; `target` cannot compute the model (every reason is listed); weights or a tokenizer
             that do not fit the config.
     """
-    target = resolve_target(config, target)
+    chosen = resolve_target(config, target)
     ours = weights if isinstance(weights, Mapping) else dict(weights)
     check_weights(ours, config)
     with new_folder(out) as folder:
         tokens = SpecialTokens()
         if tokenizer_dir is not None:
             tokens = copy_tokenizer(Path(tokenizer_dir), folder, config.vocab_size)
-        hf_config, table = describe(config, target)
+        hf_config, table = describe(config, chosen)
         specs, make = _cast(config, ours, table, dtype)
         tokens.write_to(hf_config)
         hf_config.dtype = next(iter(specs.values())).dtype  # the embedding's
@@ -64,7 +64,7 @@ def export_model(
         generation = GenerationConfig()
         tokens.write_to(generation)
         generation.save_pretrained(folder)
-        if target == "riverrun":
+        if chosen == "riverrun":
             write_remote_code(folder)
         save_tensors(folder, specs, make, max_shard_size)
     assert hf_config.architectures

@@ -15,6 +15,12 @@ from safetensors.torch import save_file
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+def refuse_existing(out: Path) -> None:
+    """Raise a ValueError if `out` exists and is not an empty folder."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists already: choose another folder, or delete it first")
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write into; it becomes `out` when the block ends well, and vanishes when it fails.
@@ -25,8 +31,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         ValueError: `out` exists and is not an empty folder.
     """
     out = Path(os.path.abspath(out))
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists already: choose another folder, or delete it first")
+    refuse_existing(out)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -116,13 +121,13 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file.
+    """A JSON object from a file; infinities as transformers writes them, {"__float__": "Infinity"}, become floats.
 
     Raises:
         ValueError: there is no such file, or it holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_hook=_decode_float)
     except FileNotFoundError:
         raise ValueError(f"there is no {path}: give the folder of a saved model") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -130,6 +135,10 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return value
+
+
+def _decode_float(value: dict) -> dict | float:
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def _sync(path: Path) -> None:

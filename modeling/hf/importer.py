@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig
 
 from riverrun.modeling.config import RiverrunConfig
@@ -40,7 +41,7 @@ def import_model(hf_dir: Path) -> tuple[RiverrunConfig, dict[str, torch.Tensor]]
         tensors = {name: tensors[name] for name in tensors if name != "lm_head.weight"}
     try:
         return readers[architecture](values, tensors)
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:  # the latter: transformers found a wrong type in config.json
         raise ValueError(f"{hf_dir}: {error}") from error
 
 

@@ -84,7 +84,7 @@ def from_hf(values: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> tupl
     Raises:
         ValueError: a config that our model cannot compute, or tensors that do not fit it.
     """
-    theirs = Mamba2Config.from_dict(values)
+    theirs: Any = Mamba2Config.from_dict(values)
     problems = []
     if theirs.use_bias:
         problems.append("use_bias=true: our projections have no bias")

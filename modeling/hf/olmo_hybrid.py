@@ -73,7 +73,8 @@ def to_hf(config: RiverrunConfig) -> tuple[OlmoHybridConfig, Table]:
     """Their config and where their tensors come from, for a model that there is no reason against."""
     options, attention, delta = config.options, config.options.attention, config.options.gated_delta
     types = {ours: theirs for theirs, ours in LAYER_TYPES.items()}
-    extra = {}
+    assert options.intermediate_size, "see reasons_against"
+    extra: dict[str, Any] = {}
     if attention.head_dim * attention.num_heads != options.hidden_size:
         extra["head_dim"] = attention.head_dim  # the class derives it otherwise
     theirs = OlmoHybridConfig(
@@ -116,7 +117,7 @@ def from_hf(values: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> tupl
     Raises:
         ValueError: a config that our model cannot compute, or tensors that do not fit it.
     """
-    theirs = OlmoHybridConfig.from_dict(values)
+    theirs: Any = OlmoHybridConfig.from_dict(values)
     rope = theirs.rope_parameters or {}
     has_rope = rope.get("rope_theta") is not None
     problems = [

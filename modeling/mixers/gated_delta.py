@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from riverrun.kernels.gated_delta import gated_delta
 from riverrun.kernels.gated_rms_norm import gated_rms_norm
-from riverrun.modeling.layers import ShortConv, fp32_parameter, init_decay
+from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, init_decay
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixers.base import Mixer, States, register
 from riverrun.modeling.mixers.options import GatedDeltaOptions
@@ -42,12 +42,13 @@ class GatedDelta(Mixer):
         q = self.q_conv(self.q_proj(hidden), layout, states, "q_conv").unflatten(-1, (H, K))
         k = self.k_conv(self.k_proj(hidden), layout, states, "k_conv").unflatten(-1, (n, H, K))
         v = self.v_conv(self.v_proj(hidden), layout, states, "v_conv").unflatten(-1, (n, H, V))
-        beta = self.b_proj(hidden).float().sigmoid().unflatten(-1, (n, H))
+        beta = at_least_fp32(self.b_proj(hidden)).sigmoid().unflatten(-1, (n, H))
         if o.allow_neg_eigval:
             beta = 2 * beta
         g = None
         if o.use_gate:
-            g = -self.A_log.float().exp() * F.softplus(self.a_proj(hidden).float() + self.dt_bias.float())
+            dt = F.softplus(at_least_fp32(self.a_proj(hidden)) + at_least_fp32(self.dt_bias))
+            g = -at_least_fp32(self.A_log).exp() * dt
         y, state = gated_delta(
             q, k, v, beta, g, qk_l2norm=True,
             initial_state=None if states is None or layout.cu_seqlens is not None else states.get("delta"),

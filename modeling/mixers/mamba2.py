@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from riverrun.kernels.gated_rms_norm import gated_rms_norm
 from riverrun.kernels.ssd import ssd
-from riverrun.modeling.layers import ShortConv, fp32_parameter, init_decay
+from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, init_decay
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixers.base import Mixer, States, register
 from riverrun.modeling.mixers.options import Mamba2Options
@@ -42,9 +42,9 @@ class Mamba2(Mixer):
         x = self.x_conv(self.x_proj(hidden), layout, states, "x_conv").unflatten(-1, (self.num_heads, o.head_dim))
         B = self.B_conv(self.B_proj(hidden), layout, states, "B_conv").unflatten(-1, (o.num_groups, o.state_size))
         C = self.C_conv(self.C_proj(hidden), layout, states, "C_conv").unflatten(-1, (o.num_groups, o.state_size))
-        dt = F.softplus(self.dt_proj(hidden).float() + self.dt_bias.float())
+        dt = F.softplus(at_least_fp32(self.dt_proj(hidden)) + at_least_fp32(self.dt_bias))
         y, state = ssd(
-            x, dt, -self.A_log.float().exp(), B, C, self.D.float(),
+            x, dt, -at_least_fp32(self.A_log).exp(), B, C, at_least_fp32(self.D),
             initial_state=None if states is None or layout.cu_seqlens is not None else states.get("ssd"),
             cu_seqlens=layout.cu_seqlens, chunk_size=o.chunk_size,
         )  # fmt: skip

@@ -198,4 +198,6 @@ def _positive(mixer: str, options: object, *names: str) -> list[str]:
 
 
 def _divisor_near(n: int, wanted: int) -> int:
-    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))
+    """The divisor of n closest to `wanted`."""
+    candidates = (d for gap in range(n) for d in (wanted - gap, wanted + gap))
+    return next(d for d in candidates if 0 < d <= n and n % d == 0)

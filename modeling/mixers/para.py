@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from riverrun.kernels.para_gru import para_gru
 from riverrun.kernels.para_lstm import para_lstm
-from riverrun.modeling.layers import RMSNorm, ShortConv
+from riverrun.modeling.layers import RMSNorm, ShortConv, at_least_fp32
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixers.base import Mixer, States, register
 from riverrun.modeling.mixers.options import ParaGRUOptions, ParaLSTMOptions
@@ -73,7 +73,7 @@ class _ParaMixer(Mixer):
 
     def bounded(self, weight: torch.Tensor) -> torch.Tensor:
         bound = self.options.max_recurrent_weight
-        return bound * torch.tanh(weight.float() / bound)
+        return bound * torch.tanh(at_least_fp32(weight) / bound)
 
     def reset_parameters(self) -> None:
         nn.init.xavier_normal_(self.recurrent_weight)

@@ -1,8 +1,5 @@
 """The engine against plain torch on one process, and whole runs that are killed and resumed, on one and two ranks."""
 
-import json
-import math
-import shutil
 import sys
 from pathlib import Path
 
@@ -11,9 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import training_workers as workers
-from training_workers import CASES, CLIP, DECAY, LR, MUON_LR, STEPS, Z_LOSS, Tiny, batches, recipe, run, train_run
-
-from riverrun.train import checkpoint, metrics
+from training_workers import CASES, CLIP, DECAY, LR, MUON_LR, STEPS, Z_LOSS, Tiny, batches, run
 
 # the engine
 
@@ -55,7 +50,7 @@ def plain_torch(optimizer, dtype, stage):
             p.grad = torch.zeros_like(p)
         losses.append(0.0)
         for batch in batches(step):
-            out = model(batch.input_ids, batch.labels, num_targets=total, z_loss=Z_LOSS)
+            out = model(batch.input_ids, batch.targets, num_targets=total, z_loss=Z_LOSS)
             out.loss.backward()
             losses[-1] += out.cross_entropy.item() / total
             for name, p in model.named_parameters():
@@ -68,8 +63,13 @@ def plain_torch(optimizer, dtype, stage):
             o.step()
         cast()
     with torch.no_grad():
-        held_out = sum(model(b.input_ids, b.labels, num_targets=1).cross_entropy.item() for b in batches(99))
-    return {"losses": losses, "norms": norms, "weights": {n: p.detach() for n, p in master.items()}, "held_out": held_out}
+        held_out = sum(model(b.input_ids, b.targets, num_targets=1).cross_entropy.item() for b in batches(99))
+    return {
+        "losses": losses,
+        "norms": norms,
+        "weights": {n: p.detach() for n, p in master.items()},
+        "held_out": held_out,
+    }
 
 
 def newton_schulz_fp32(gradient, coefficients, steps, eps):

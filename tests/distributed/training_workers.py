@@ -13,12 +13,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed  # noqa: F401 - slow to import: once, in the server
+import deepspeed.runtime.engine  # noqa: F401 - slow to import: once, in the server
+import matplotlib.pyplot  # noqa: F401
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from deepspeed.runtime.zero.muon import original_muon
 from torch import nn
@@ -27,7 +29,8 @@ from transformers.utils import ModelOutput
 from riverrun.train import checkpoint, distributed, loop
 from riverrun.train import engine as engines
 from riverrun.train.config import EngineConfig, OptimizerConfig, Recipe, TrainConfig
-from riverrun.train.inputs import HeldOut, Inputs
+from riverrun.train.data.packing import Batch
+from riverrun.train.inputs import Inputs
 
 VOCAB, WIDTH, ROWS, LENGTH, MICRO_BATCHES, STEPS = 32, 16, 2, 9, 4, 4
 LR, MUON_LR, CLIP, DECAY, Z_LOSS = 1e-2, 2e-2, 0.5, 0.1, 1e-3
@@ -47,12 +50,12 @@ def start(function: Callable[..., None], *args: Any, world: int = 1, log: Path) 
     """Runs `function(ranks, *args)` in `world` processes of one process group; their output goes to `log`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training_workers"])
+    paths = [str(Path(__file__).parent), *filter(None, sys.path)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # the server's own path, where Python 3.11 does not hand it on
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [
-        context.Process(target=_rank, args=(function, args, rank, world, port, log)) for rank in range(world)
-    ]
+    processes = [context.Process(target=_rank, args=(function, args, rank, world, port, log)) for rank in range(world)]
     for process in processes:
         process.start()
     return processes
@@ -132,15 +135,10 @@ class Tiny(nn.Module):
         return Output((ce + z) / num_targets, ce.detach())
 
 
-@dataclass
-class Batch:
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    cu_seqlens: torch.Tensor | None
-    num_targets: int
-
-    def to(self, device):
-        return replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device))
+def batch(tokens, labels):
+    rows, length = labels.shape
+    bounds = torch.arange(0, rows * length + 1, length, dtype=torch.int32)
+    return Batch(tokens, labels, bounds, int((labels != -100).sum()))
 
 
 def batches(step, number=MICRO_BATCHES):
@@ -151,7 +149,7 @@ def batches(step, number=MICRO_BATCHES):
         tokens = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=generator)
         labels = tokens[:, 1:].clone()
         labels[:, : 2 * (number - index) - 1] = -100
-        out.append(Batch(tokens[:, :-1], labels, None, int((labels != -100).sum())))
+        out.append(batch(tokens[:, :-1], labels))
     return out
 
 
@@ -198,7 +196,7 @@ def accumulate_many(ranks: distributed.Ranks, stage: int) -> tuple[float, float,
     fp32, bf16 = [p.detach().float() * 0 for p in params], [p.detach().bfloat16() * 0 for p in params]
     for b in step:
         total = sum(other.num_targets for other in step)
-        loss = engine.module(b.input_ids, b.labels, num_targets=torch.tensor(float(total))).loss
+        loss = engine.module(b.input_ids, b.targets, num_targets=torch.tensor(float(total))).loss
         for exact, rounded, gradient in zip(fp32, bf16, torch.autograd.grad(loss, params)):
             exact += gradient.float()
             rounded += gradient.bfloat16()
@@ -265,10 +263,15 @@ class Counting:
         begin = torch.randint(0, 64, (train.global_batch_size, 1), generator=generator)
         tokens = (begin + torch.arange(length + 1)) % 64
         mine = tokens.chunk(self.ranks.world_size)[self.ranks.rank]
-        return [
-            Batch(rows[:, :-1], rows[:, 1:].contiguous(), None, rows[:, 1:].numel())
-            for rows in mine.split(train.micro_batch_size)
-        ]
+        return [batch(rows[:, :-1], rows[:, 1:].contiguous()) for rows in mine.split(train.micro_batch_size)]
+
+
+@dataclass
+class HeldOut:
+    data: Counting
+
+    def batches(self) -> list[Batch]:
+        return self.data.step(10**6)
 
 
 def train_run(
@@ -285,7 +288,12 @@ def train_run(
         time.sleep(1.2)
         send(signal.SIGINT)()
 
-    faults = {"kill": send(signal.SIGKILL), "int": send(signal.SIGINT), "term": send(signal.SIGTERM), "int twice": twice}
+    faults = {
+        "kill": send(signal.SIGKILL),
+        "int": send(signal.SIGINT),
+        "term": send(signal.SIGTERM),
+        "int twice": twice,
+    }
     data = Counting(config, ranks, {at: faults[fault]} if fault in faults else {})
 
     save, describe, rename = checkpoint.save, checkpoint._sync_and_describe, Path.rename
@@ -310,7 +318,7 @@ def train_run(
             checkpoint._sync_and_describe, Path.rename = describe, rename  # type: ignore[method-assign]
 
     checkpoint.save = faulty_save  # type: ignore[assignment]
-    inputs = Inputs(data, HeldOut(data, [10**6]), 4.0, 4.0, {"generated": "1"}, None)
+    inputs = Inputs(data, HeldOut(data), 4.0, 4.0, {"generated": "1"}, None)  # type: ignore[arg-type]
     loop.open_inputs = lambda *_: inputs  # type: ignore[assignment]
     outcome = loop.run(config, run_dir, resume, ranks)
     print(outcome.message)

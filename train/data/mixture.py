@@ -14,10 +14,9 @@ PERIOD = 1000  # weights are rounded to multiples of 1/PERIOD
 class Mixture:
     """An endless sequence of rows from several stores in fixed proportions.
 
-    Sample i comes from the store that is furthest behind its share (so that any stretch of samples has the exact
-    proportions to within one row a store), and is the next row of that store's own order: each store is walked without
-    repeats, in a new order (seed, store, epoch) every time it has been used up. Everything is a pure function of
-    (seed, i), in constant time and memory.
+    The first i samples have the exact proportions to within one row a store, for every i. A sample is the next row of
+    its store's own order: each store is walked without repeats, in a new order (seed, store, epoch) every time it has
+    been used up. Everything is a pure function of (seed, i), in constant time and memory.
 
     Raises:
         ValueError: a weight below 1/1000 of the total.
@@ -59,16 +58,24 @@ class Mixture:
 
 
 def _pattern(weights: Sequence[float]) -> list[int]:
-    """One period of the assignment of samples to stores: always to the store furthest behind its share."""
+    """One period of the assignment of samples to stores.
+
+    Of the stores that are behind their share, the one that would first be a whole row behind is served: no store is
+    ever a row away from its share (Tijdeman, The chairman assignment problem, 1980). Serving the one furthest behind
+    is not enough with many stores.
+    """
     total = sum(weights)
     shares = [Fraction(round(PERIOD * w / total), PERIOD) for w in weights]
     if not all(shares):
         raise ValueError(f"a data.train weight is less than 1/{PERIOD} of the total: raise it, or drop that store")
     shares = [share / sum(shares) for share in shares]
     length = math.lcm(*(share.denominator for share in shares))
+    slack = Fraction(1, max(2, 2 * len(shares) - 2))
     pattern, used = [], [0] * len(shares)
     for i in range(1, length + 1):
-        source = max(range(len(shares)), key=lambda s: (shares[s] * i - used[s], -s))
+        behind = [share * i - n for share, n in zip(shares, used)]
+        due = [s for s, rows in enumerate(behind) if rows >= slack]
+        source = min(due, key=lambda s: ((1 - slack - behind[s]) / shares[s], s))
         pattern.append(source)
         used[source] += 1
     return pattern

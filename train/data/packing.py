@@ -42,8 +42,10 @@ class Batch:
     num_targets: int
 
     def to(self, device: torch.device | str) -> "Batch":
-        tensors = (t.to(device, non_blocking=True) for t in (self.input_ids, self.targets, self.cu_seqlens))
-        return Batch(*tensors, self.num_targets)
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Batch(move(self.input_ids), move(self.targets), move(self.cu_seqlens), self.num_targets)
 
 
 class PackedRows:

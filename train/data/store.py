@@ -10,13 +10,15 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 VERSION = 1
+MAPPED_SHARDS = 32  # held open at a time: each takes two file descriptors, of which a process often has 1024
 INDEX = "index.json"
 SHARD_FIELDS = {"name": str, "tokens": int, "documents": int, "bytes": int, "sha256": dict}
 
@@ -82,6 +84,14 @@ def _sync(file: Any) -> None:
     os.fsync(file.fileno())
 
 
+class Shard(NamedTuple):
+    """The mapped files of one shard."""
+
+    tokens: np.ndarray
+    ends: np.ndarray
+    sizes: np.ndarray
+
+
 class TokenStore:
     """Random access to the documents and tokens of a store, in constant time. Open one with `TokenStore.open`."""
 
@@ -93,10 +103,8 @@ class TokenStore:
         self.eos_id: int = index["tokenizer"]["eos_id"]
         self.shards: list[dict[str, Any]] = [s for s in index["shards"] if s["documents"]]
         self.num_bytes = sum(s["bytes"] for s in self.shards)
-        dtype = np.dtype(index["dtype"]).newbyteorder("<")
-        self._tokens = [np.memmap(folder / f"{s['name']}.tokens", dtype, "r") for s in self.shards]
-        docs = [np.memmap(folder / f"{s['name']}.docs", "<i8", "r").reshape(2, -1) for s in self.shards]
-        self._ends, self._sizes = [d[0] for d in docs], [d[1] for d in docs]
+        self._dtype = np.dtype(index["dtype"]).newbyteorder("<")
+        self._map = lru_cache(MAPPED_SHARDS)(self._open_shard)
         self._token_starts = [0, *accumulate(s["tokens"] for s in self.shards)]
         self._document_starts = [0, *accumulate(s["documents"] for s in self.shards)]
 
@@ -141,12 +149,13 @@ class TokenStore:
     def document(self, i: int) -> np.ndarray:
         """The tokens of document `i`, its end-of-sequence token included."""
         s, j = self._locate_document(i)
-        return self._tokens[s][0 if j == 0 else self._ends[s][j - 1] : self._ends[s][j]]
+        shard = self._map(s)
+        return shard.tokens[0 if j == 0 else shard.ends[j - 1] : shard.ends[j]]
 
     def document_bytes(self, i: int) -> int:
         """The UTF-8 bytes of document `i`."""
         s, j = self._locate_document(i)
-        return int(self._sizes[s][j])
+        return int(self._map(s).sizes[j])
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of all documents one after the other."""
@@ -154,7 +163,7 @@ class TokenStore:
         while start < stop:
             s = bisect_right(self._token_starts, start) - 1
             end = min(stop, self._token_starts[s + 1])
-            parts.append(self._tokens[s][start - self._token_starts[s] : end - self._token_starts[s]])
+            parts.append(self._map(s).tokens[start - self._token_starts[s] : end - self._token_starts[s]])
             start = end
         return np.concatenate(parts) if len(parts) != 1 else parts[0]
 
@@ -166,10 +175,16 @@ class TokenStore:
             if base >= stop:
                 break
             # a document begins at the shard's start and at every end but the last
-            lo, hi = np.searchsorted(self._ends[s], [start - base, stop - base])
-            begins = self._ends[s][lo : min(hi, len(self._ends[s]) - 1)] + base
+            ends = self._map(s).ends
+            lo, hi = np.searchsorted(ends, [start - base, stop - base])
+            begins = ends[lo : min(hi, len(ends) - 1)] + base
             found.append(begins if start > base else np.concatenate([[base], begins]))
         return np.concatenate(found).astype(np.int64) if found else np.empty(0, np.int64)
+
+    def _open_shard(self, s: int) -> "Shard":
+        path = self.folder / self.shards[s]["name"]
+        ends, sizes = np.memmap(f"{path}.docs", "<i8", "r").reshape(2, -1)
+        return Shard(np.memmap(f"{path}.tokens", self._dtype, "r"), ends, sizes)
 
     def _locate_document(self, i: int) -> tuple[int, int]:
         if not 0 <= i < self.num_documents:
@@ -193,7 +208,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         for shard in index["shards"]:
             ok = ok and all(isinstance(shard[field], kind) for field, kind in SHARD_FIELDS.items())
             ok = ok and all(isinstance(shard["sha256"][kind], str) for kind in ("tokens", "docs"))
-            ok = ok and shard["tokens"] >= 0 and shard["documents"] >= 0
+            ok = ok and shard["tokens"] >= shard["documents"] >= 0 and shard["bytes"] >= 0
             ok = ok and Path(shard["name"]).name == shard["name"]  # shards lie in the folder itself
     except (ValueError, KeyError, TypeError, AttributeError):
         ok = False

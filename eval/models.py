@@ -1,0 +1,205 @@
+"""Loading whatever is to be evaluated: a run, a Riverrun export, or any Hugging Face causal language model."""
+
+import hashlib
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from riverrun.modeling.hf import mamba2, olmo_hybrid
+from riverrun.modeling.hf.folder import read_json
+from riverrun.modeling.hf.importer import build_model, load_pretrained, read_config
+from riverrun.modeling.hf.remote_code import MODEL_CLASS
+from riverrun.modeling.hf.tokenizer import tokenizer_files
+from riverrun.modeling.model import RiverrunForCausalLM
+from riverrun.train import checkpoint
+from riverrun.train.data.tokenizer import Tokenizer, load_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+IMPORTED = (MODEL_CLASS, mamba2.ARCHITECTURE, olmo_hybrid.ARCHITECTURE)  # read by our own importer
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on its device in evaluation mode, and what identifies it.
+
+    Attributes:
+        name: as the user gave it.
+        tokenizer: None if none came along; see `require_tokenizer`.
+        description: for people, such as "run runs/a, step 2000".
+        fingerprint: SHA-256 of the config's and weights' files.
+        seq_len: the length a run was trained on, or the longest that the model takes; None if unknown.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: Tokenizer | None
+    description: str
+    fingerprint: str
+    seq_len: int | None = None
+
+    @property
+    def is_riverrun(self) -> bool:
+        return isinstance(self.model, RiverrunForCausalLM)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _embedding(self.model).weight.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        return _embedding(self.model).num_embeddings
+
+    def require_tokenizer(self) -> Tokenizer:
+        """Raises ValueError if the model came without a tokenizer."""
+        if self.tokenizer is None:
+            raise ValueError(f"{self.description} has no tokenizer: put its files into the folder beside config.json")
+        return self.tokenizer
+
+
+def load_model(
+    spec: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+    step: int | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a model for evaluation.
+
+    Args:
+        spec: a run folder, a folder in Hugging Face's layout (read without running code from it, unless
+            `trust_remote_code`), or a model's name on the Hugging Face hub.
+        device: "auto" is CUDA if there is any, "cpu", "cuda" or "cuda:N".
+        dtype: "fp32", "bf16" or "fp16"; None: as in the files (a run's weights are fp32).
+        step: which checkpoint of a run; None: the newest intact one.
+
+    Raises:
+        ValueError: nothing there, a run without that checkpoint, damaged files, or a device this machine lacks.
+    """
+    target, kind = resolve_device(device), None if dtype is None else DTYPES[dtype]
+    folder = Path(spec)
+    if _is_run(folder):
+        loaded = _load_run(folder, kind, step)
+    elif step is not None:
+        raise ValueError(f"--step chooses a checkpoint of a run, but {spec} is not a run folder")
+    else:
+        folder = folder if folder.exists() else _download(str(spec), trust_remote_code)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{spec} is neither a run folder nor a model in Hugging Face's layout: no config.json")
+        loaded = _load_folder(folder, str(spec), kind, trust_remote_code)
+    loaded.model.to(target).eval().requires_grad_(False)  # type: ignore[arg-type]
+    return loaded
+
+
+def resolve_device(device: str) -> torch.device:
+    """Raises ValueError for an unknown device, or CUDA on a machine without it."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N") from None
+    if found.type == "cuda" and (found.index or 0) >= (torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        raise ValueError(
+            f"device {device} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices here: use "
+            "--device cpu, or see `riverrun doctor`"
+        )
+    return found
+
+
+def _embedding(model: PreTrainedModel) -> torch.nn.Embedding:
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, torch.nn.Embedding)
+    return embedding
+
+
+def _is_run(folder: Path) -> bool:
+    return checkpoint.folder_of(folder).is_dir() or ((folder / "config.toml").is_file() and not _weights(folder))
+
+
+def _load_run(folder: Path, dtype: torch.dtype | None, step: int | None) -> LoadedModel:
+    if step is None:
+        skipped: list[str] = []
+        newest = checkpoint.latest(folder, skipped.append)
+        if newest is None:
+            raise ValueError("\n".join([f"the run {folder} has no intact checkpoint to load yet", *skipped]))
+        step = checkpoint.step_of(newest)
+    weights = checkpoint.load_weights(folder, step)
+    manifest = checkpoint.folder_of(folder) / f"step_{step:08d}" / "manifest.json"
+    tokenizer = folder / "tokenizer"
+    return LoadedModel(
+        str(folder),
+        build_model(read_config(folder), weights, dtype),
+        load_tokenizer(str(tokenizer)) if tokenizer.is_dir() else None,
+        f"run {folder}, step {step}",
+        _sha256([folder / "config.json", manifest]),  # the manifest has the checksums of all weights
+        _trained_length(folder),
+    )
+
+
+def _load_folder(folder: Path, spec: str, dtype: torch.dtype | None, trust_remote_code: bool) -> LoadedModel:
+    config = read_json(folder / "config.json")
+    architecture = (config.get("architectures") or [None])[0]
+    model: PreTrainedModel
+    if architecture in IMPORTED:
+        model = load_pretrained(folder, dtype)
+    else:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        except OSError as error:  # what transformers raises for missing weights
+            raise ValueError(f"{spec} cannot be loaded: {error}") from error
+        except ValueError as error:
+            hint = "; pass --trust-remote-code if you trust its code" if "trust_remote_code" in str(error) else ""
+            raise ValueError(f"{spec} cannot be loaded: {str(error).strip()}{hint}") from error
+    length = config.get("max_position_embeddings")
+    return LoadedModel(
+        spec,
+        model,
+        load_tokenizer(str(folder)) if tokenizer_files(folder) else None,
+        f"{architecture} {spec}",
+        _sha256([folder / "config.json", *_weights(folder)]),
+        length if isinstance(length, int) and architecture not in IMPORTED else None,
+    )
+
+
+def _download(name: str, trust_remote_code: bool) -> Path:
+    """A hub model's local copy."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + (["*.py"] if trust_remote_code else [])
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"there is no folder {name}, and no model of that name could be fetched: {reason}") from error
+
+
+def _trained_length(run_dir: Path) -> int | None:
+    try:
+        return tomllib.loads((run_dir / "config.toml").read_text(encoding="utf-8"))["data"]["seq_len"]
+    except (FileNotFoundError, KeyError):
+        return None
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(path for pattern in WEIGHT_FILES for path in folder.glob(pattern))
+
+
+def _sha256(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,82 @@
+"""`riverrun`: the command line. Sub-commands live in `launch/commands/`, one file each."""
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from riverrun import __version__
+from riverrun.launch import console
+from riverrun.launch.commands import config, data, doctor, export, generate, quickstart, recipes, train
+from riverrun.launch.commands import eval as evaluation
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+class Shell(TyperGroup):
+    """Turns errors that the user can mend into a short message and an exit code. Defects keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            if console.traceback_wanted():
+                raise
+            console.print_error("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except (ValueError, OSError) as error:
+            message = console.user_message(error)
+            if message is None or console.traceback_wanted():
+                raise
+            console.print_error(message)
+            raise typer.Exit(USER_ERROR) from None
+
+
+app = typer.Typer(
+    cls=Shell,
+    name="riverrun",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Environment: RIVERRUN_TRACEBACK=1 shows where an error was raised.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"riverrun {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def riverrun(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Pretrain recurrent and hybrid language models: ParaRNN, Mamba-2, gated DeltaProduct, attention.
+
+    A run starts from a recipe: [bold]riverrun recipes[/bold] lists them, [bold]riverrun config NAME[/bold] shows one.
+    """
+
+
+TRAINING, MODELS, MACHINE = "Recipes and training", "Trained models", "This machine"
+app.command("recipes", rich_help_panel=TRAINING)(recipes.recipes)
+app.command("config", rich_help_panel=TRAINING)(config.config)
+app.add_typer(data.app, name="data", rich_help_panel=TRAINING)
+app.command("train", rich_help_panel=TRAINING)(train.train)
+app.add_typer(evaluation.app, name="eval", rich_help_panel=MODELS)
+app.command("generate", rich_help_panel=MODELS)(generate.generate)
+app.command("export", rich_help_panel=MODELS)(export.export)
+app.command("import", rich_help_panel=MODELS)(export.import_)
+app.command("doctor", rich_help_panel=MACHINE)(doctor.doctor)
+app.command("quickstart", rich_help_panel=MACHINE)(quickstart.quickstart)
+
+
+def main() -> None:
+    app(prog_name="riverrun")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""`riverrun generate`: text from a model."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from riverrun.launch.commands.eval import Device, Dtype, Model, Step, Trust
+from riverrun.launch.console import err
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue; empty or left out: begin a text.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 file with the prompt, of any length.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most; an end-of-sequence token ends a sample earlier.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Below 1 favours likely tokens.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the K likeliest tokens only.")] = None,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up this probability.")] = 0.95,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    num_samples: Annotated[int, typer.Option(help="Samples, drawn in parallel.")] = 1,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    step: Step = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Continue a prompt.
+
+    The text goes to stdout (as it is made, for one sample on a terminal), speed and the size of the decoding state to
+    stderr. The prompt may be longer than anything seen in training: recurrent layers need no more memory for it.
+    """
+    from riverrun.eval.decoding.generate import Sampling
+    from riverrun.eval.decoding.generate import generate as sample
+    from riverrun.eval.decoding.stream import TextPrinter, continuation
+    from riverrun.eval.models import load_model
+
+    sampling = Sampling(temperature, top_k, top_p, greedy)
+    text = _prompt(prompt, prompt_file)
+    loaded = load_model(model, device=device, dtype=dtype, step=step, trust_remote_code=trust_remote_code)
+    tokenizer = loaded.require_tokenizer()
+    ids = tokenizer.encode(text)
+    start = tokenizer.bos_id
+    if not ids or (start is not None and not loaded.is_riverrun):
+        ids = [tokenizer.eos_id if start is None else start, *ids]
+    live = num_samples == 1 and sys.stdout.isatty()
+    streamer = TextPrinter(tokenizer, ids, sys.stdout) if live else None
+    if live:
+        sys.stdout.write(text)
+    result = sample(
+        loaded.model, ids, sampling, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id, num_samples=num_samples,
+        seed=seed, streamer=streamer,
+    )  # fmt: skip
+    for number, tokens in enumerate(result.tokens, 1):
+        if num_samples > 1:
+            print(f"--- sample {number} of {num_samples} ---")
+        print("" if live else text + continuation(tokenizer, ids, tokens))
+    state = (
+        "" if result.state_bytes is None else f", decoding state {result.state_bytes / num_samples:,.0f} bytes a sample"
+    )
+    err.print(
+        f"prompt of {len(ids):,} tokens read in {result.prefill_seconds:.2f} s; {result.num_tokens:,} new tokens, "
+        f"{result.tokens_per_second:,.1f} tokens/s{state}",
+        style="dim", highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    if prompt is not None and prompt_file is not None:
+        raise ValueError("give either --prompt or --prompt-file, not both")
+    if prompt_file is None:
+        return prompt or ""
+    try:
+        return prompt_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{prompt_file} is not UTF-8 text ({error})") from None

@@ -1,0 +1,56 @@
+"""`riverrun train`: pretrain a recipe, alone or on the ranks that torchrun started."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from riverrun.launch import shipped
+from riverrun.launch.console import err
+
+
+def train(
+    recipe: Annotated[
+        str,
+        typer.Argument(help="A recipe's name, or the path of a .toml file.", autocompletion=shipped.complete),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's, such as train.steps=20."),
+    ] = None,
+    run_dir: Annotated[
+        Path, typer.Option("--run-dir", help="The folder for checkpoints, metrics and the loss curve.")
+    ] = ...,  # type: ignore[assignment]
+    resume: Annotated[
+        str,
+        typer.Option(
+            "--resume",
+            metavar="auto|never|PATH",
+            help="auto: go on from the newest checkpoint, if there is one. never: the folder must be new. PATH: go on "
+            "from that checkpoint or run folder.",
+        ),
+    ] = "auto",
+) -> None:
+    """Pretrain a model.
+
+    On several devices: [bold]torchrun --nproc-per-node N -m riverrun.launch.cli train …[/bold]. Ctrl-C finishes the
+    step, saves and leaves; the same command then goes on from there.
+    """
+    loaded = shipped.load(recipe, overrides or [])
+
+    from riverrun.train import distributed, loop
+
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    engine = loaded.recipe.engine
+    ranks = distributed.start(
+        engine.device, rank, world_size, int(os.environ.get("LOCAL_RANK", 0)), engine.collective_timeout_minutes
+    )
+    try:
+        outcome = loop.run(loaded.recipe, run_dir, resume, ranks)
+    finally:
+        distributed.stop()
+    if rank == 0:
+        err.print(outcome.message, style="yellow" if outcome.exit_code else "green", soft_wrap=True, highlight=False)
+    if outcome.exit_code:
+        raise typer.Exit(outcome.exit_code)

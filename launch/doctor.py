@@ -1,0 +1,240 @@
+"""Is this machine ready to train? Each check returns one line or a few: OK, warning or problem, with a fix."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. A fix goes with every warning and problem."""
+
+    name: str
+    state: Literal["ok", "warning", "problem"]
+    detail: str
+    fix: str = ""
+
+
+Check = Callable[[Path], Iterator[Finding]]
+
+
+def examine(folder: Path) -> Iterator[Finding]:
+    """Run every check; `folder` is where runs will be written. A check that itself fails is reported as a problem.
+
+    Raises:
+        ValueError: `folder` is not a folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"--dir {folder} is not a folder: create it, or name the one that runs will be written to")
+    for check in CHECKS:
+        try:
+            yield from check(folder)
+        except Exception as error:  # the report must go on, and say what happened
+            yield Finding(check.__name__, "problem", f"{type(error).__name__}: {error}", "see the message")
+
+
+def versions(folder: Path) -> Iterator[Finding]:
+    """Python and every dependency, against the versions that the package itself declares."""
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        declared = metadata.metadata("riverrun")
+    except metadata.PackageNotFoundError:
+        yield Finding("riverrun", "warning", "not installed, so its requirements are unknown", "pip install -e .")
+        return
+    python = sys.version.split()[0]
+    supported = SpecifierSet(declared["Requires-Python"] or "")
+    yield _version("python", python, supported.contains(python, prereleases=True), str(supported))
+    for line in metadata.requires("riverrun") or []:
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            yield Finding(requirement.name, "problem", "not installed", f"pip install '{requirement}'")
+        else:
+            fits = requirement.specifier.contains(version, prereleases=True)
+            yield _version(requirement.name, version, fits, str(requirement.specifier))
+
+
+def imports(folder: Path) -> Iterator[Finding]:
+    """The heavy packages in a process of their own: a broken CUDA set-up shows as an import error."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch, deepspeed, transformers, datasets"], capture_output=True, text=True
+    )
+    if done.returncode == 0:
+        yield Finding("imports", "ok", "torch, deepspeed, transformers and datasets load")
+    else:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        yield Finding("imports", "problem", last, "reinstall that package for this Python, torch and CUDA")
+
+
+def gpus(folder: Path) -> Iterator[Finding]:
+    import torch
+
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(i)
+            free, total = torch.cuda.mem_get_info(i)
+            memory = f"{device.name}, {free / GB:.1f} of {total / GB:.1f} GB free"
+            if free < 0.9 * total:
+                yield Finding(f"GPU {i}", "warning", memory, "another process uses it: nvidia-smi shows which")
+            else:
+                yield Finding(f"GPU {i}", "ok", memory)
+            if device.major < 8:
+                yield Finding(f"GPU {i}", "warning", "no bf16 arithmetic", "train with train.dtype=fp32")
+    elif shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0:
+        build = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
+        fix = "install a torch build that the driver supports, and check CUDA_VISIBLE_DEVICES"
+        yield Finding("GPU", "problem", f"there is one, but torch cannot use it: {build}", fix)
+    else:
+        yield Finding("GPU", "ok", "none: training runs on the CPU")
+
+
+def triton(folder: Path) -> Iterator[Finding]:
+    """Triton ≥ 3.4, < 3.7.1 miscompiles patterns of the gated delta rule's backward pass on Hopper (fla issue 640)."""
+    import torch
+
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        yield Finding("triton on Hopper", "ok", "no Triton: the vectorised torch kernels are used")
+        return
+    yield hopper_finding(version, [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())])
+
+
+def hopper_finding(version: str, capabilities: list[tuple[int, int]]) -> Finding:
+    """Whether a Triton version is safe on GPUs of these compute capabilities; none: they may be on other nodes."""
+    from packaging.version import Version
+
+    name = "triton on Hopper"
+    if not Version("3.4") <= Version(version) < Version("3.7.1"):
+        return Finding(name, "ok", f"{version} is not among the versions known to miscompile")
+    if capabilities and all(major != 9 for major, _ in capabilities):
+        return Finding(name, "ok", f"{version} miscompiles there, but there is no Hopper GPU")
+    detail = f"{version} can compute wrong gradients of gated delta layers on H100, H200 and GH200"
+    return Finding(name, "warning", detail, "pip install 'triton>=3.7.1', with the torch release that it belongs to")
+
+
+def compiler(folder: Path) -> Iterator[Finding]:
+    import torch
+
+    found = next(
+        (path for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (path := shutil.which(name))), None
+    )
+    if found:
+        yield Finding("C compiler", "ok", found)
+    else:
+        state: Literal["problem", "warning"] = "problem" if torch.cuda.is_available() else "warning"
+        yield Finding("C compiler", state, "none: Triton and torch.compile need one", "install gcc, or set CC")
+
+
+def cores_and_memory(folder: Path) -> Iterator[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # what a container or a SLURM job may use
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        memory = min(memory, int(text))
+    yield Finding("CPU", "ok", f"{cores} cores")
+    if memory < 4 * GB:
+        yield Finding("memory", "warning", f"{memory / GB:.1f} GB", "small runs need about 4 GB: ask for more")
+    else:
+        yield Finding("memory", "ok", f"{memory / GB:.1f} GB")
+
+
+def disk(folder: Path) -> Iterator[Finding]:
+    """Free space, and the speed at which 64 MB reach the disk."""
+    free = shutil.disk_usage(folder).free
+    detail = f"{free / GB:.1f} GB free in {folder.resolve()}"
+    if free < GB:
+        yield Finding("disk space", "problem", detail, "free some, or write elsewhere (--dir checks another folder)")
+        return
+    if free < 50 * GB:
+        yield Finding("disk space", "warning", detail, "a checkpoint of a 1B model takes about 16 GB: keep 50 GB free")
+    else:
+        yield Finding("disk space", "ok", detail)
+    block = os.urandom(16 * 2**20)
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".riverrun-doctor-") as file:
+            start = time.perf_counter()
+            for _ in range(4):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            speed = 4 * len(block) / (time.perf_counter() - start)
+    except OSError as error:
+        yield Finding("disk speed", "problem", f"cannot write: {error}", "check the permissions, or use another folder")
+        return
+    detail = f"{speed / 10**6:.0f} MB/s"
+    if speed < 100 * 10**6:
+        yield Finding("disk speed", "warning", detail, "checkpoints will be slow: write runs to a faster disk")
+    else:
+        yield Finding("disk speed", "ok", detail)
+
+
+def matmul(folder: Path) -> Iterator[Finding]:
+    """A small product on every device, against float64 on the CPU."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 512, 512, generator=generator, dtype=torch.float64)
+    exact = a @ b
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    for device in devices:
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        product = (a.to(device, dtype) @ b.to(device, dtype)).double().cpu()
+        error = ((product - exact).norm() / exact.norm()).item()
+        name, detail = f"matmul on {device}", f"{dtype}, relative error {error:.1e}"
+        if error <= (1e-5 if dtype == torch.float32 else 1e-2):
+            yield Finding(name, "ok", detail)
+        else:
+            yield Finding(name, "problem", detail, "wrong result: update the driver, or take the device out of service")
+
+
+def collectives(folder: Path) -> Iterator[Finding]:
+    """An all-reduce over two local processes with gloo, and with NCCL where there are two GPUs."""
+    import torch
+
+    from riverrun.launch.all_reduce import all_reduce_sums
+
+    backends = ["gloo"] if torch.distributed.is_gloo_available() else []
+    if torch.cuda.device_count() >= 2 and torch.distributed.is_nccl_available():
+        backends.append("nccl")
+    if not backends:
+        yield Finding("collectives", "problem", "torch has neither gloo nor NCCL", "install an official torch build")
+    for backend in backends:
+        name = f"all-reduce, {backend}"
+        try:
+            sums = all_reduce_sums(backend)
+        except Exception as error:  # of a child process; its last line says what failed
+            last = str(error).strip().splitlines()[-1]
+            variable = "GLOO_SOCKET_IFNAME" if backend == "gloo" else "NCCL_SOCKET_IFNAME"
+            yield Finding(name, "problem", last, f"set {variable} to a working network interface, such as lo")
+        else:
+            if sums == [3.0, 3.0]:
+                yield Finding(name, "ok", "2 local ranks agree")
+            else:
+                yield Finding(name, "problem", f"1 + 2 gave {sums}", "update the driver and NCCL")
+
+
+CHECKS: tuple[Check, ...] = (
+    versions, imports, gpus, triton, compiler, cores_and_memory, disk, matmul, collectives,
+)  # fmt: skip
+
+
+def _version(name: str, version: str, fits: bool, wanted: str) -> Finding:
+    if fits:
+        return Finding(name, "ok", version)
+    return Finding(name, "problem", f"{version}, but {wanted} is needed", f"pip install '{name}{wanted}'")

@@ -1,0 +1,441 @@
+"""The model with each mixer alone, and with all of them: decoding, packing, losses, gradients, counts, saving."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from riverrun.modeling.cache import RiverrunCache
+from riverrun.modeling.config import RiverrunConfig
+from riverrun.modeling.layout import Layout
+from riverrun.modeling.mixers import MIXERS
+from riverrun.modeling.mixers.options import (
+    AttentionOptions,
+    GatedDeltaOptions,
+    Mamba2Options,
+    ParaGRUOptions,
+    ParaLSTMOptions,
+)
+from riverrun.modeling.model import RiverrunForCausalLM
+from riverrun.modeling.options import ModelOptions
+
+BASE = ModelOptions(
+    vocab_size=37,
+    hidden_size=16,
+    num_hidden_layers=2,
+    intermediate_size=24,
+    initializer_range=0.3,  # large, so that every part matters for the logits
+    attention=AttentionOptions(num_heads=4, num_kv_heads=2, head_dim=4),
+    mamba2=Mamba2Options(head_dim=8, state_size=6, num_groups=2, chunk_size=8),
+    gated_delta=GatedDeltaOptions(num_heads=2, head_dim=4, num_householder=2, chunk_size=8),
+    para_gru=ParaGRUOptions(num_heads=2),
+    para_lstm=ParaLSTMOptions(num_heads=2),
+)
+WINDOWED = replace(BASE.attention, window=5)
+HYBRID = ("mamba2", "gated_delta", "para_gru", "para_lstm", "attention")
+SHAPES = {
+    "mamba2": replace(BASE, layer_pattern=("mamba2",)),
+    "mamba2 alone": replace(BASE, layer_pattern=("mamba2",), intermediate_size=0, tie_word_embeddings=True),
+    "gated_delta": replace(BASE, layer_pattern=("gated_delta",)),
+    "gated_delta ungated": replace(
+        BASE, layer_pattern=("gated_delta",), gated_delta=replace(BASE.gated_delta, use_gate=False, output_gate=False)
+    ),
+    "para_gru": replace(BASE, layer_pattern=("para_gru",)),
+    "para_lstm": replace(BASE, layer_pattern=("para_lstm",)),
+    "attention": replace(BASE, layer_pattern=("attention",)),
+    "attention window": replace(BASE, layer_pattern=("attention",), attention=WINDOWED),
+    "attention window 1": replace(BASE, layer_pattern=("attention",), attention=replace(WINDOWED, window=1)),
+    "attention nope norms": replace(
+        BASE, layer_pattern=("attention",), attention=replace(WINDOWED, rope=False, qk_norm="head")
+    ),
+    "attention post norm": replace(
+        BASE, layer_pattern=("attention",), post_norm_attention=True, attention=replace(BASE.attention, qk_norm="full")
+    ),
+    "hybrid": replace(BASE, layer_pattern=HYBRID, num_hidden_layers=5),
+    "hybrid window": replace(BASE, layer_pattern=HYBRID, num_hidden_layers=5, attention=WINDOWED),
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+V = BASE.vocab_size
+
+
+def build(shape: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> RiverrunForCausalLM:
+    torch.manual_seed(seed)
+    model = RiverrunForCausalLM(RiverrunConfig.from_options(SHAPES[shape]))
+    return model.to(dtype).eval()
+
+
+def tokens(*size: int) -> torch.Tensor:
+    return torch.randint(0, V, size, generator=torch.Generator().manual_seed(1))
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, rtol: float | None = None) -> None:
+    """Up to `rtol` of the largest expected value; by default the rounding of the type."""
+    rtol = rtol or {torch.float32: 1e-4, torch.float64: 1e-10}[expected.dtype]
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= rtol * expected.abs().max()
+
+
+# decoding
+
+
+@torch.no_grad()
+def in_calls(model: RiverrunForCausalLM, ids: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Logits of a sequence that is fed to one cache in pieces."""
+    cache, logits = RiverrunCache(model.config.num_hidden_layers), []
+    assert sum(sizes) == ids.shape[1]
+    for piece in ids.split(sizes, dim=1):
+        logits.append(model(piece, past_key_values=cache).logits)
+    assert cache.seen == ids.shape[1]
+    return torch.cat(logits, dim=1)
+
+
+SPLITS = {"1+rest": [1, 25], "k+1+1+…": [17] + [1] * 9, "all steps": [1] * 26, "chunks": [3, 9, 2, 8, 4]}
+
+
+@every_shape
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_prefill_and_steps_equal_the_full_forward(shape, split, dtype):
+    model, ids = build(shape, dtype=dtype), tokens(2, 26)
+    assert_close(in_calls(model, ids, SPLITS[split]), model(ids).logits.detach())
+
+
+@every_shape
+def test_the_cache_is_returned_only_where_asked_for(shape):
+    model, ids = build(shape), tokens(1, 6)
+    assert model(ids).past_key_values is None
+    out = model(ids, use_cache=True)
+    assert_close(model(ids[:, :1], past_key_values=out.past_key_values).logits.detach(),
+                 model(torch.cat([ids, ids[:, :1]], 1)).logits[:, -1:].detach())  # fmt: skip
+
+
+@every_shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_packed_documents_equal_separate_rows(shape, dtype):
+    model, ids = build(shape, dtype=dtype), tokens(2, 20)
+    bounds = [0, 1, 8, 20, 33, 40]  # a document of one token; a row start is a bound
+    packed = model(ids, cu_seqlens=torch.tensor(bounds, dtype=torch.int32)).logits.flatten(0, 1)
+    flat = ids.flatten()
+    for start, stop in itertools.pairwise(bounds):
+        assert_close(packed[start:stop], model(flat[None, start:stop]).logits[0])
+
+
+@every_shape
+def test_decoding_goes_on_from_a_packed_prefill(shape):
+    """Each row's last document is the one that goes on."""
+    model, ids = build(shape, dtype=torch.float64), tokens(2, 16)
+    cu_seqlens = torch.tensor([0, 5, 16, 18, 32], dtype=torch.int32)
+    cache = model(ids, cu_seqlens=cu_seqlens, use_cache=True).past_key_values
+    new = tokens(2, 3)
+    got = [model(new[:, t : t + 1], past_key_values=cache).logits[:, 0] for t in range(3)]
+    for row, start in enumerate([5, 2]):
+        whole = torch.cat([ids[row, start:], new[row]])
+        assert_close(torch.stack([g[row] for g in got]), model(whole[None]).logits[0, -3:])
+
+
+@every_shape
+def test_left_padded_rows_equal_unpadded_ones(shape):
+    model, lengths = build(shape, dtype=torch.float64), [12, 7, 1]
+    ids = tokens(3, 12)
+    mask = torch.stack([torch.arange(12) >= 12 - n for n in lengths]).long()
+    out = model(ids, attention_mask=mask, use_cache=True)
+    cache, new = out.past_key_values, tokens(3, 4)
+    stepped = []
+    for t in range(4):
+        mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=1)
+        stepped.append(model(new[:, t : t + 1], attention_mask=mask, past_key_values=cache).logits)
+    logits = torch.cat([out.logits, *stepped], dim=1)
+    for row, n in enumerate(lengths):
+        alone = model(torch.cat([ids[row, 12 - n :], new[row]])[None]).logits[0]
+        assert_close(logits[row, 12 - n :], alone)
+
+
+def test_padding_that_cannot_be_skipped_is_refused():
+    model, ids = build("hybrid"), tokens(2, 4)
+    for bad in ([1, 1, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]):
+        with pytest.raises(ValueError, match="padding_side = 'left'"):
+            model(ids, attention_mask=torch.tensor([bad, [1, 1, 1, 1]]))
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="pad the prompts on the left"):
+        model(ids, attention_mask=torch.tensor([[1] * 4 + [0, 1, 1, 1]] * 2), past_key_values=cache)
+    with pytest.raises(ValueError, match="cannot continue a cache"):
+        model(ids, cu_seqlens=torch.tensor([0, 4, 8], dtype=torch.int32), past_key_values=cache)
+
+
+@every_shape
+def test_beams_can_be_picked(shape):
+    model, ids = build(shape, dtype=torch.float64), tokens(3, 9)
+    cache = model(ids, use_cache=True).past_key_values.reorder_cache(torch.tensor([2, 2, 0, 1]))
+    new = tokens(4, 1)
+    expected = model(torch.cat([ids[[2, 2, 0, 1]], new], dim=1)).logits[:, -1:]
+    assert_close(model(new, past_key_values=cache).logits, expected)
+
+
+@every_shape
+def test_generate_takes_the_likeliest_token_of_full_forwards(shape):
+    model, prompt = build(shape), tokens(2, 5)
+    mask = torch.ones_like(prompt)  # token 0 of the prompt is no padding
+    got = model.generate(prompt, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    expected = prompt
+    for _ in range(8):
+        expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(got, expected)
+
+
+@every_shape
+def test_later_tokens_change_nothing_before_them(shape):
+    model, ids = build(shape), tokens(1, 20)
+    changed = ids.clone()
+    changed[0, 11] = (changed[0, 11] + 1) % V
+    before, after = model(ids).logits, model(changed).logits
+    assert torch.equal(before[:, :11], after[:, :11])
+    assert not torch.allclose(before[:, 11], after[:, 11])
+
+
+def test_a_window_forgets():
+    model = build("attention window 1")
+    ids = tokens(1, 6)
+    assert_close(model(ids).logits[0, -1], model(ids[:, -1:]).logits[0, -1])
+
+
+# losses and gradients
+
+
+@every_shape
+def test_loss_on_targets_is_the_cross_entropy_of_the_logits(shape):
+    model, ids = build(shape, dtype=torch.float64), tokens(2, 12)
+    targets = tokens(2, 12).flip(1)
+    targets[0, :3] = -100
+    cu_seqlens = torch.tensor([0, 4, 12, 24], dtype=torch.int32)
+    logits = model(ids, cu_seqlens=cu_seqlens).logits
+    out = model(ids, cu_seqlens=cu_seqlens, targets=targets)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert out.logits is None
+    assert_close(out.loss, expected)
+    assert_close(out.cross_entropy, expected * 21) and not out.cross_entropy.requires_grad
+    assert_close(model(ids, cu_seqlens=cu_seqlens, targets=targets, num_targets=7).loss, expected * 3)
+    with_z = expected + 0.1 * logits.logsumexp(-1).square()[targets != -100].mean()
+    assert_close(model(ids, cu_seqlens=cu_seqlens, targets=targets, z_loss=0.1).loss, with_z)
+
+
+def test_labels_are_shifted_as_in_transformers():
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    model, ids = build("hybrid"), tokens(2, 12)
+    labels = ids.clone()
+    labels[1, :4] = -100
+    out = model(ids, labels=labels)
+    assert_close(out.loss, ForCausalLMLoss(out.logits, labels, V))
+    with pytest.raises(ValueError, match="not both"):
+        model(ids, labels=labels, targets=labels)
+
+
+def test_logits_of_the_last_positions_only():
+    model, ids = build("hybrid"), tokens(2, 12)
+    assert_close(model(ids, logits_to_keep=3).logits, model(ids).logits[:, -3:])
+
+
+def gradients(model: RiverrunForCausalLM) -> dict[str, torch.Tensor]:
+    model.train()
+    ids = tokens(2, 13)
+    cu_seqlens = torch.tensor([0, 5, 13, 26], dtype=torch.int32)
+    model.zero_grad()
+    model(ids, targets=ids.flip(1), cu_seqlens=cu_seqlens).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@every_shape
+def test_recompute_changes_no_gradient(shape):
+    model = build(shape)
+    stored = {name: grad.clone() for name, grad in gradients(model).items()}
+    model.set_recompute(True)
+    forwards = []
+    model.model.layers[0].mixer.register_forward_pre_hook(lambda *_: forwards.append(1))
+    recomputed = gradients(model)
+    assert len(forwards) == 2  # once more in the backward pass
+    for name, grad in stored.items():
+        assert torch.equal(grad, recomputed[name]), name
+
+
+@every_shape
+def test_every_parameter_learns(shape):
+    """Except those whose gradient is zero by their meaning."""
+    for name, grad in gradients(build(shape)).items():
+        if shape == "attention window 1" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            assert grad.abs().max() < 1e-6  # a softmax over one key
+        else:
+            assert grad is not None and grad.abs().max() > 0, name
+
+
+@every_shape
+def test_bf16_is_finite_and_near_fp32(shape):
+    model, ids = build(shape), tokens(2, 20)
+    expected = model(ids).logits
+    low = build(shape)
+    low.bfloat16()
+    for name, p in low.named_parameters():
+        if name.rpartition(".")[2] in ("A_log", "dt_bias", "D"):
+            p.data = model.get_parameter(name).data
+    got = low(ids).logits
+    assert got.dtype == torch.bfloat16 and got.isfinite().all()
+    assert (got.float() - expected).norm() < 0.1 * expected.norm()
+
+
+# counts
+
+
+@every_shape
+def test_the_plan_of_tensor_parallelism_covers_every_parameter(shape):
+    for block in build(shape).model.layers:
+        plan = block.mixer.parameter_plan()
+        parameters = dict(block.mixer.named_parameters())
+        assert set(plan) == set(parameters)
+        for name, dim in plan.items():
+            assert dim is None or parameters[name].shape[dim] % 2 == 0, name
+
+
+@every_shape
+@pytest.mark.parametrize("seq_len", [1, 4, 5, 26])
+def test_state_bytes_are_those_of_the_cache(shape, seq_len):
+    """Stated for bf16 models; an fp32 cache holds the same recurrent states and twice the rest."""
+    model = build(shape)
+    cache = model(tokens(1, seq_len), use_cache=True).past_key_values
+    stated = 0
+    for layer in cache.layers:
+        for name, state in layer.items():
+            recurrent = name in ("ssd", "delta", "cell")
+            assert state.dtype == torch.float32
+            stated += state.numel() * (4 if recurrent else 2)
+    assert model.state_bytes(seq_len) == stated
+    assert stated <= cache.num_bytes() == sum(s.numel() * 4 for layer in cache.layers for s in layer.values())
+
+
+@every_shape
+def test_a_bf16_cache_keeps_recurrent_states_in_fp32(shape):
+    model = build(shape).bfloat16()
+    cache = model(tokens(3, 7), use_cache=True).past_key_values
+    assert cache.num_bytes() == 3 * model.state_bytes(7)
+
+
+@every_shape
+def test_flops_grow_with_attention_only(shape):
+    model = build(shape)
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() >= 2 and "embed" not in name)
+    matrices += model.lm_head.weight.numel() if model.config.tie_word_embeddings else 0
+    short, long, longer = (model.flops_per_token(n) for n in (1024, 2048, 4096))
+    assert short > 2 * matrices
+    if "attention" in SHAPES[shape].layer_pattern and SHAPES[shape].attention.window is None:
+        assert longer - long == pytest.approx(2 * (long - short)) and long > short
+    else:
+        assert longer == pytest.approx(short, rel=1e-2)
+
+
+def test_flops_of_attention_are_those_of_the_visible_keys():
+    model = build("attention window")
+    o = model.config.options.attention
+    for seq_len in (3, 5, 11):
+        seen = sum(min(t + 1, 5) for t in range(seq_len)) / seq_len
+        flops = model.model.layers[0].mixer.mixing_flops(seq_len)
+        assert flops == pytest.approx(2 * 2 * o.num_heads * o.head_dim * seen)  # scores and values, 2 a multiply-add
+
+
+# start and saving
+
+
+def test_decays_start_as_in_the_papers():
+    torch.manual_seed(0)
+    wide = replace(BASE, hidden_size=512, layer_pattern=("mamba2", "gated_delta"))
+    wide = replace(wide, gated_delta=replace(BASE.gated_delta, num_heads=128))
+    model = RiverrunForCausalLM(RiverrunConfig.from_options(wide))
+    for block in model.model.layers:
+        A, dt = block.mixer.A_log.exp(), F.softplus(block.mixer.dt_bias)
+        assert A.min() >= 1 and A.max() <= 16 + 1e-4 and A.max() - A.min() > 10
+        assert dt.min() >= 1e-3 * (1 - 1e-4) and dt.max() <= 1e-1 * (1 + 1e-4)
+        middle = dt.log().median().item()
+        assert abs(middle - math.log(1e-2)) < 0.8  # log-uniform: half of them below the geometric mean
+        assert block.mixer.A_log.dtype == block.mixer.dt_bias.dtype == torch.float32
+    assert torch.equal(model.model.layers[0].mixer.D, torch.ones(128))
+
+
+def test_weights_start_by_the_seed_and_the_depth():
+    one, same, other = build("hybrid", 0), build("hybrid", 0), build("hybrid", 1)
+    for (name, p), q, r in zip(one.named_parameters(), same.parameters(), other.parameters()):
+        assert torch.equal(p, q), name
+        assert p.numel() == 1 or p.unique().numel() == 1 or not torch.equal(p, r), name
+    torch.manual_seed(0)
+    big = RiverrunForCausalLM(
+        RiverrunConfig.from_options(
+            ModelOptions(vocab_size=512, hidden_size=128, num_hidden_layers=8, layer_pattern=("attention",))
+        )
+    )
+    block = big.model.layers[0]
+    for weight in (
+        big.model.embed_tokens.weight,
+        big.lm_head.weight,
+        block.mixer.q_proj.weight,
+        block.mlp.up_proj.weight,
+    ):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for weight in (block.mixer.o_proj.weight, block.mlp.down_proj.weight):  # two of them a layer
+        assert weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
+
+
+def test_para_weights_never_pass_their_bound():
+    mixer = build("para_lstm").model.layers[0].mixer
+    with torch.no_grad():
+        mixer.recurrent_weight.fill_(100.0)
+    assert mixer.bounded(mixer.recurrent_weight).max() <= 0.5
+    small = torch.tensor([1e-3])
+    assert mixer.bounded(small).item() == pytest.approx(1e-3, rel=1e-4)
+
+
+def test_a_tied_head_is_the_embedding():
+    model = build("mamba2 alone")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "lm_head.weight" not in dict(model.named_parameters())
+    assert build("mamba2").lm_head.weight is not build("mamba2").model.embed_tokens.weight
+
+
+@every_shape
+def test_saving_and_loading_changes_no_bit(shape, tmp_path):
+    model, ids = build(shape), tokens(2, 9)
+    model.save_pretrained(tmp_path)
+    back = RiverrunForCausalLM.from_pretrained(tmp_path)
+    assert back.config.options == model.config.options
+    for (name, p), q in zip(model.named_parameters(), back.named_parameters()):
+        assert name == q[0] and torch.equal(p, q[1]), name
+    assert torch.equal(model(ids).logits, back.eval()(ids).logits)
+    if SHAPES[shape].tie_word_embeddings:
+        assert back.lm_head.weight is back.model.embed_tokens.weight
+
+
+def test_decays_stay_in_fp32_when_loaded_in_bf16(tmp_path):
+    build("hybrid").save_pretrained(tmp_path)
+    back = RiverrunForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, p in back.named_parameters():
+        decay = name.rpartition(".")[2] in ("A_log", "dt_bias", "D")
+        assert p.dtype == (torch.float32 if decay else torch.bfloat16), name
+    assert back(tokens(1, 9)).logits.isfinite().all()
+
+
+def test_every_mixer_is_covered_here():
+    assert set(HYBRID) == set(MIXERS)
+
+
+# layout
+
+
+def test_layout_of_documents():
+    layout = Layout.of_documents((2, 4), torch.tensor([0, 1, 4, 8], dtype=torch.int32))
+    assert layout.sequence.tolist() == [[0, 1, 1, 1], [2, 2, 2, 2]]
+    assert layout.positions.tolist() == [[0, 0, 1, 2], [0, 1, 2, 3]]
+    assert layout.last(torch.arange(3)).tolist() == [1, 2]
+
+
+def test_layout_of_left_padding():
+    layout = Layout.of_left_padded(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]))
+    assert layout.cu_seqlens.tolist() == [0, 2, 4, 8]
+    assert layout.positions.tolist() == [[0, 1, 0, 1], [0, 1, 2, 3]]

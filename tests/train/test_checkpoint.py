@@ -1,0 +1,145 @@
+"""Checkpoint folders, with an engine that writes one small file."""
+
+import errno
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from riverrun.train import checkpoint, resume
+from riverrun.train.config import Recipe
+from riverrun.train.recipe import to_toml
+
+
+class Alone:
+    rank, world_size = 0, 1
+
+    def gather(self, value):
+        return [value]
+
+
+class FakeEngine:
+    def __init__(self, error=None):
+        self.error = error
+
+    def save(self, folder):
+        (folder / "zero" / "weights.pt").write_bytes(b"w" * 100)
+        if self.error:
+            raise self.error
+
+
+def recipe(**train):
+    values = {"data": {"train": [{"path": "a"}]}, "train": {"steps": 100, **train}, "schedule": {"warmup_steps": 1}}
+    loaded = Recipe.model_validate(values)
+    return loaded.model_copy(update={"model": loaded.model.resolve()})
+
+
+def save(run_dir, step, keep=3, engine=None):
+    state = {"step": step, "world_size": 1, "recipe": recipe().model_dump(mode="json")}
+    return checkpoint.save(run_dir, step, keep, engine or FakeEngine(), state, Alone())
+
+
+def find(run_dir, mode="auto", config=None, world=1):
+    said = []
+    return resume.find_start(run_dir, mode, config or recipe(), world, said.append), said
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (5, 10, 100000000, 7):
+        save(tmp_path, step, keep=2)
+    assert [checkpoint.step_of(c) for c in checkpoint.checkpoints(tmp_path)] == [10, 100000000]
+    assert checkpoint.read_state(checkpoint.checkpoints(tmp_path)[0])["step"] == 10
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest", "no manifest"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, damage):
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    victim = bad / ("manifest.json" if "manifest" in damage else "zero/weights.pt")
+    if damage in ("delete", "no manifest"):
+        victim.unlink()
+    else:
+        victim.write_bytes({"flip": b"v" + b"w" * 99, "truncate": b"w" * 50, "manifest": b'{"files": [1]}'}[damage])
+    said = []
+    assert checkpoint.latest(tmp_path, said.append) == good
+    assert len(said) == 1 and str(victim) in said[0] and "step_00000002" in said[0]
+
+
+def test_a_failed_save_leaves_what_there_was(tmp_path):
+    good = save(tmp_path, 1)
+    with pytest.raises(OSError, match="No space left") as raised:
+        save(tmp_path, 2, engine=FakeEngine(OSError(errno.ENOSPC, "No space left on device")))
+    assert raised.value.errno == errno.ENOSPC
+    assert checkpoint.latest(tmp_path, print) == good
+    assert [p.name for p in checkpoint.folder_of(tmp_path).iterdir()] == [good.name]
+
+
+def test_later_checkpoints_are_set_aside(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (checkpoint.folder_of(tmp_path) / "step_00000004.partial").mkdir()
+    moved = checkpoint.set_aside(tmp_path, 1)
+    assert [p.name for p in moved] == ["step_00000002.superseded", "step_00000003.superseded"]
+    assert [checkpoint.step_of(c) for c in checkpoint.checkpoints(tmp_path)] == [1]
+    assert not list(checkpoint.folder_of(tmp_path).glob("*.partial"))
+
+
+def test_every_random_number_generator_is_restored():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
+
+    state = checkpoint._rng_state()
+    first = draw()
+    checkpoint._set_rng_state(state)
+    assert draw() == first
+
+
+def test_weights_of_a_step_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="has no intact checkpoint"):
+        checkpoint.load_weights(tmp_path)
+    save(tmp_path, 4)
+    with pytest.raises(ValueError, match="no checkpoint of step 5; it has: 4"):
+        checkpoint.load_weights(tmp_path, 5)
+
+
+def test_auto_starts_anew_or_goes_on(tmp_path):
+    assert find(tmp_path / "new")[0] == resume.Start()
+    run_dir = tmp_path / "run"
+    newest = save(run_dir, 8)
+    assert find(run_dir)[0].checkpoint == newest and find(run_dir)[0].step == 8
+    assert find(run_dir, config=recipe(log_every=2, steps=200))[0].step == 8
+    assert find(tmp_path / "other", str(run_dir))[0].checkpoint == newest
+    assert find(tmp_path / "other", str(newest))[0].checkpoint == newest
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_anew(tmp_path):
+    (tmp_path / "config.toml").write_text(to_toml(recipe()))
+    assert find(tmp_path)[0] == resume.Start()
+    with pytest.raises(ValueError, match=r"another recipe:\n  - train.seed: 0 there, 1 here"):
+        find(tmp_path, config=recipe(seed=1))
+
+
+def test_what_must_not_be_resumed(tmp_path):
+    run_dir = tmp_path / "run"
+    newest = save(run_dir, 8)
+    with pytest.raises(ValueError, match="is not empty"):
+        find(run_dir, "never")
+    with pytest.raises(ValueError, match=r"train.seed: 0 there, 3 here"):
+        find(run_dir, config=recipe(seed=3))
+    with pytest.raises(ValueError, match="written by 1 ranks, this run has 2: start 1 ranks"):
+        find(run_dir, world=2)
+    with pytest.raises(ValueError, match=r"raise train\.steps"):
+        find(run_dir, config=recipe(steps=7))
+    with pytest.raises(ValueError, match="does not exist"):
+        find(run_dir, str(tmp_path / "nowhere"))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").touch()
+    with pytest.raises(ValueError, match="holds no run"):
+        find(tmp_path / "notes")
+    with pytest.raises(ValueError, match="is a file"):
+        find(tmp_path / "notes" / "a.txt")
+    (newest / "zero" / "weights.pt").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is intact"):
+        find(run_dir)
+    with pytest.raises(ValueError, match=r"weights.pt is missing"):
+        find(run_dir, str(newest))

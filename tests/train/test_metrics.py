@@ -1,0 +1,93 @@
+import builtins
+import json
+import math
+
+import pytest
+import torch
+
+from riverrun.train import metrics, plot
+from riverrun.train.config import LogConfig
+from riverrun.train.guard import LIMIT, Diverged, Guard
+
+
+def test_a_resume_drops_later_records_and_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"kind": "train", "step": step, "loss": 1 / step}) + "\n" for step in (2, 4, 6)]
+    path.write_text("".join(lines) + '{"kind": "train", "st')
+    file = metrics.MetricsFile(path, 4)
+    file.write({"kind": "train", "step": 6, "loss": 0.5})
+    file.close()
+    assert [(r["step"], r["loss"]) for r in metrics.read(path)] == [(2, 0.5), (4, 0.25), (6, 0.5)]
+
+
+def test_the_window_weighs_by_targets_and_leaves_skipped_steps_out():
+    window = metrics.Window()
+    assert window.loss() is None
+    window.add(30.0, 10, False)
+    window.add(float("nan"), 10, True)
+    window.add(10.0, 30, False)
+    assert window.loss() == 1.0 and window.skipped == 1
+    assert metrics.Window(**json.loads(json.dumps(vars(window)))) == window
+
+
+def test_bits_per_byte():
+    assert metrics.bits_per_byte(math.log(256), 1.0) == pytest.approx(8)
+    assert metrics.bits_per_byte(math.log(16), 4.0) == pytest.approx(1)
+
+
+def test_the_peak_is_known_by_name_or_from_the_recipe(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    assert metrics.peak_flops(LogConfig(), cpu, "bf16") is None
+    assert metrics.peak_flops(LogConfig(peak_tflops=2), cpu, "bf16") == 2e12
+    for name, peak in [("NVIDIA H200", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12)]:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert metrics.peak_flops(LogConfig(), cuda, "bf16") == peak
+        assert metrics.peak_flops(LogConfig(), cuda, "fp32") is None
+
+
+def test_wandb_asked_for_but_missing(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "wandb":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ValueError, match=r"pip install 'riverrun\[wandb\]'"):
+        metrics.Dashboards(LogConfig(wandb=True), tmp_path, {}, 0)
+
+
+def test_tensorboard_gets_every_number(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    boards = metrics.Dashboards(LogConfig(), tmp_path, {}, 0)
+    boards.write({"kind": "train", "step": 3, "loss": 2.0, "mfu": None})
+    boards.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["train/loss"]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 2.0)]
+
+
+@pytest.mark.parametrize("bits", [1.5, None])
+def test_the_loss_curve_is_a_picture(tmp_path, bits):
+    found = [
+        {"kind": kind, "step": step, "tokens": 100 * step, "loss": 3.0 / step, "bits_per_byte": bits}
+        for step in (1, 2, 3)
+        for kind in ("train", "held_out")
+    ]
+    plot.loss_curve(found, tmp_path / "loss.png", "test")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    plot.loss_curve([], tmp_path / "empty.png", "nothing yet")
+
+
+def test_the_guard_counts_skips_and_gives_up_after_many_in_a_row():
+    guard = Guard()
+    for skipped in [True] * (LIMIT - 1) + [False] + [True] * (LIMIT - 1):
+        guard.observe(skipped)
+    assert guard.skipped == 2 * LIMIT - 2
+    again = Guard()
+    again.restore(guard.state())
+    with pytest.raises(Diverged, match=r"10 steps in a row.*Lower optimizer\.lr"):
+        again.observe(True)

@@ -1,0 +1,332 @@
+"""The training engine: a narrow class over DeepSpeed's ZeRO. The only file that imports deepspeed.
+
+Precision of bf16 recipes: parameters and activations bf16; master weights, moments and accumulated gradients fp32.
+- Stage 1 keeps parameters marked `keep_fp32` in fp32 in the forward too, reduces gradients in fp32 once a step, and
+  supports Muon: DeepSpeed orthogonalises whole matrices after the reduction and the clipping.
+- Stages 2 and 3 hold one type only: marked parameters run in bf16 (their master copies stay fp32), and gradients are
+  averaged over the ranks micro batch by micro batch and accumulated in fp32.
+- Stage 1 runs in `BF16_Optimizer` for fp32 recipes too, where "bf16" only means "with a master copy": one code path,
+  and the only one of DeepSpeed's that clips the gradient before Muon and not Muon's update.
+
+Settings whose defaults changed between DeepSpeed versions are set here and checked on the live engine.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from riverrun.train import optim
+from riverrun.train.config import EngineConfig, OptimizerConfig, TrainConfig
+from riverrun.train.data.packing import Batch
+from riverrun.train.distributed import Ranks
+
+TAG = "zero"  # the folder of DeepSpeed's files in a checkpoint
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an optimiser step did: the gradient's norm before clipping, or that it was not finite and was skipped."""
+
+    grad_norm: float
+    skipped: bool
+
+
+class Engine:
+    """Trains one model replica a rank, its optimiser state sharded over all ranks.
+
+    Every rank calls every method alike. The loss of a step is the mean over all targets of the global batch, however
+    they are spread over ranks and micro batches.
+
+    Args:
+        model: on any device, in fp32, the same on every rank.
+        accumulation: micro batches a rank and step.
+
+    Raises:
+        ValueError: a combination of settings that would not train what it says.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerConfig,
+        train: TrainConfig,
+        engine: EngineConfig,
+        ranks: Ranks,
+        accumulation: int,
+    ):
+        if optimizer.name == "muon" and engine.zero_stage != 1:
+            raise ValueError(
+                f"optimizer.name='muon' needs engine.zero_stage=1: stage {engine.zero_stage} would clip the "
+                "orthogonalised update instead of the gradient"
+            )
+        self.ranks, self.accumulation, self.z_loss = ranks, accumulation, train.z_loss
+        self.dtype = torch.bfloat16 if train.dtype == "bf16" else torch.float32
+        self.stage = engine.zero_stage
+        # Muon's functions come decorated with torch.compile: not worth a compiler's start-up, so they run as they are
+        muon = optimizer.name == "muon"
+        self._eager = partial(torch.compiler.set_stance, "force_eager") if muon else contextlib.nullcontext
+        self._save_error: Exception | None = None
+        with _quiet():
+            self._deepspeed = _build(model, optimizer, train, engine, ranks, accumulation, self.dtype)
+            self._deepspeed.checkpoint_engine.save = self._save_file
+        self.module: nn.Module = self._deepspeed.module
+        self._check(optimizer, train)
+
+    def accumulate(self, batches: Sequence[Batch]) -> torch.Tensor:
+        """Forward and backward of this rank's micro batches of one step.
+
+        Returns:
+            The summed cross-entropy of this rank's targets, in nats: a float64 scalar on the device.
+        """
+        assert len(batches) == self.accumulation, f"{len(batches)} micro batches instead of {self.accumulation}"
+        device = self.ranks.device
+        num_targets = torch.tensor(sum(b.num_targets for b in batches), dtype=torch.float32, device=device)
+        torch.distributed.all_reduce(num_targets)
+        # DeepSpeed averages over ranks; a batch without any target has a loss of 0
+        normaliser = num_targets.clamp(min=1) / self.ranks.world_size
+        summed = torch.zeros((), dtype=torch.float64, device=device)
+        for index, batch in enumerate(batches):
+            self._deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            out = self._forward(batch, num_targets=normaliser, z_loss=self.z_loss)
+            summed += out.cross_entropy.double()
+            # a loss that is not finite must not leave finite gradients: the whole step is to be skipped
+            poison = torch.where(out.loss.detach().isfinite(), 1.0, float("nan"))
+            self._deepspeed.backward(out.loss * poison, scale_wrt_gas=False)
+        return summed
+
+    def step(self, lr_factor: float) -> Update:
+        """Clips, updates the weights unless the gradient of some rank is not finite, and forgets the gradient."""
+        optim.set_lr(self._deepspeed.optimizer.param_groups, lr_factor)
+        with self._eager():
+            self._deepspeed.step()
+        skipped = bool(self._deepspeed.optimizer.overflow)
+        norm = float("nan") if skipped else float(self._deepspeed.get_global_grad_norm())
+        return Update(norm, skipped)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        """The summed cross-entropy of the batch's targets, in nats: a float64 scalar on the device."""
+        self.module.eval()
+        try:
+            return self._forward(batch, num_targets=1, z_loss=0.0).cross_entropy.double()
+        finally:
+            self.module.train()
+
+    @property
+    def global_steps(self) -> int:
+        """Optimiser steps so far, skipped ones counted."""
+        return self._deepspeed.global_steps
+
+    def save(self, folder: Path) -> None:
+        """Writes this rank's part of weights and optimiser state to `folder/zero`, on every rank.
+
+        Raises:
+            OSError: on the ranks where writing failed; no rank is left waiting in a collective.
+        """
+        self._save_error = None
+        with _quiet():
+            self._deepspeed.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        if self._save_error is not None:
+            raise OSError(f"cannot write {folder / TAG}: {self._save_error}") from self._save_error
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote, by the same number of ranks with the same ZeRO stage."""
+        with _quiet():
+            path, _ = self._deepspeed.load_checkpoint(str(folder), tag=TAG)
+        assert path is not None, f"no DeepSpeed checkpoint in {folder}"
+
+    def _forward(self, batch: Batch, **options: Any) -> Any:
+        batch = batch.to(self.ranks.device)
+        return self._deepspeed(input_ids=batch.input_ids, targets=batch.targets, cu_seqlens=batch.cu_seqlens, **options)
+
+    def _save_file(self, state_dict: Any, path: str) -> None:
+        """DeepSpeed's writer, except that an error waits until the collectives of `save_checkpoint` are through."""
+        try:
+            torch.save(state_dict, path)
+        except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's zip writer
+            self._save_error = error
+
+    def _check(self, optimizer: OptimizerConfig, train: TrainConfig) -> None:
+        """The settings that are in force, read back from the live engine."""
+        ds = self._deepspeed
+        assert ds.zero_optimization_stage() == self.stage
+        assert ds.gradient_clipping() == optimizer.grad_clip == ds.optimizer.clip_grad
+        assert ds.gradient_accumulation_steps() == self.accumulation
+        assert ds.train_micro_batch_size_per_gpu() == train.micro_batch_size
+        assert ds.managed_gradient_accumulation() and ds.gradient_average
+        assert ds.get_data_types()[1] == torch.float32, "gradients must be accumulated in fp32"
+        assert ds.dp_world_size == self.ranks.world_size
+        assert ds.device.type == self.ranks.device.type
+        assert type(ds.basic_optimizer).__name__ == {"adamw": "AdamW", "muon": "MuonWithAuxAdam"}[optimizer.name]
+        if self.stage == 1:
+            assert type(ds.optimizer).__name__ == "BF16_Optimizer"
+            assert all(flat.dtype == torch.float32 for flat in ds.optimizer.fp32_groups_flat_partition)
+            assert all(flat.dtype == torch.float32 for flat in ds.optimizer.fp32_groups_gradients_flat)
+        elif self.dtype == torch.bfloat16 and self.stage == 2:
+            assert ds.optimizer.check_grad_overflow, "a step that is not finite must be skipped"
+        for param in self.module.parameters():
+            fp32 = self.stage == 1 and getattr(param, "keep_fp32", False)
+            assert param.dtype == (torch.float32 if fp32 else self.dtype)
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The full-precision master weights of a checkpoint that `Engine.save` wrote, by parameter name, on the CPU.
+
+    Any ZeRO stage and number of ranks; needs no process group. Tied parameters appear under both names.
+    """
+    with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+        from deepspeed.utils import zero_to_fp32
+
+        model_file = folder / TAG / "mp_rank_00_model_states.pt"
+        if not model_file.exists():  # stage 3 has one of these files a rank
+            return dict(zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG))
+    # DeepSpeed's own script does not know the files of BF16_Optimizer
+    described = torch.load(model_file, map_location="cpu", weights_only=False)
+    ranks = [
+        torch.load(file, map_location="cpu", weights_only=False, mmap=True)["optimizer_state_dict"]
+        for file in sorted((folder / TAG).glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
+    ]
+    assert len(ranks) == described["dp_world_size"]
+    weights: dict[str, torch.Tensor] = {}
+    for index, shapes in enumerate(described["param_shapes"]):
+        # every rank holds an equal piece of the group's flat tensor, which is padded at its end
+        flat = torch.cat([rank["single_partition_of_fp32_groups"][index].detach() for rank in ranks])
+        sizes = [shape.numel() for shape in shapes.values()]
+        pieces = flat[: sum(sizes)].split(sizes)
+        weights |= {name: piece.view(shape).clone() for (name, shape), piece in zip(shapes.items(), pieces)}
+    for name, twin in described["shared_params"].items():
+        weights[name] = weights[twin]
+    return weights
+
+
+def _rank_of(file: Path) -> int:
+    match = re.search(r"zero_pp_rank_(\d+)_", file.name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def versions() -> dict[str, str]:
+    """Of the engine's libraries."""
+    with _quiet():
+        import deepspeed
+
+    return {"deepspeed": deepspeed.__version__}
+
+
+def _build(model, optimizer, train, engine, ranks, accumulation, dtype) -> Any:
+    """The DeepSpeed engine, built directly: `deepspeed.initialize` leaves no room for our own cast."""
+    deepspeed = _deepspeed(ranks)
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    class Zero(DeepSpeedEngine):
+        def _cast_module_mixed_precision(self, *_: Any) -> None:
+            for param in self.module.parameters():
+                keep = engine.zero_stage == 1 and getattr(param, "keep_fp32", False)
+                param.data = param.data.to(torch.float32 if keep else dtype)
+
+        def _copy_recovery_script(self, *_: Any) -> None:
+            """`load_weights` does its work; and an error here would leave the other ranks waiting."""
+
+    model.to(ranks.device)
+    for param in model.parameters():
+        assert param.dtype == torch.float32, "the engine starts from fp32 weights"
+    groups = optim.parameter_groups(model, optimizer)
+    settings = _settings(optimizer, train, engine, ranks, accumulation)
+    os.environ["LOCAL_RANK"] = str(ranks.local_rank)  # DeepSpeed insists on finding it there
+    deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False, verbose=False)
+    return Zero(
+        args=None,
+        model=model,
+        optimizer=_optimizer(groups, optimizer, ranks.device),
+        config=settings,
+        config_class=DeepSpeedConfig(settings, None),
+        dist_init_required=False,
+    )
+
+
+def _deepspeed(ranks: Ranks) -> Any:
+    """The deepspeed module, made to use this rank's device and to compile nothing."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
+    if ranks.device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be built with a C++ compiler
+        if get_accelerator().device_name() != "cpu":
+            set_accelerator(CPU_Accelerator())
+    return deepspeed
+
+
+def _optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+    if config.name == "adamw":
+        for group in groups:
+            del group["use_muon"]
+        return optim.adamw(groups, device)
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    for group in groups:
+        for param in group["params"]:
+            param.use_muon = group["use_muon"]
+        if group["use_muon"]:
+            group["ns_method"] = "standard"  # Jordan's five Newton-Schulz steps in bf16, as torch.optim.Muon
+    return MuonWithAuxAdam(groups, lambda aux: optim.adamw(aux, device))
+
+
+def _settings(optimizer, train, engine, ranks, accumulation) -> dict[str, Any]:
+    """DeepSpeed's configuration. Whatever changed its default between versions is explicit."""
+    bf16 = engine.zero_stage == 1 or train.dtype == "bf16"
+    return {
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": train.micro_batch_size * accumulation * ranks.world_size,
+        "gradient_clipping": optimizer.grad_clip,
+        "bf16": {"enabled": bf16, "check_grad_overflow": True, "immediate_grad_update": True},
+        "fp16": {"enabled": False},
+        "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": []},
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "round_robin_gradients": False,
+            "reduce_bucket_size": 200_000_000,
+            "allgather_bucket_size": 200_000_000,
+            "load_from_fp32_weights": True,
+            "elastic_checkpoint": False,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32",  # of gradients; the default is bf16 wherever bf16 is enabled
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "wall_clock_breakdown": False,
+        "steps_per_print": 10**9,
+        "dump_state": False,
+        "checkpoint": {"tag_validation": "Ignore"},
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without DeepSpeed's chatter on stdout and its messages below errors."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,145 @@
+"""What is measured during training, and the files it goes to."""
+
+import json
+import math
+import os
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from riverrun.train.config import LogConfig
+
+# dense bf16 peak of one device in FLOP/s, from the makers' data sheets; the first name that fits counts
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(config: LogConfig, device: torch.device, dtype: str) -> float | None:
+    """FLOP/s that one device could do, from `log.peak_tflops` or its name; None where neither is known."""
+    if config.peak_tflops is not None:
+        return config.peak_tflops * 1e12
+    if device.type != "cuda" or dtype != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory so far: allocated by torch on CUDA, resident in the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    """A loss that does not depend on the tokenizer."""
+    return nats_per_token / math.log(2) / bytes_per_token
+
+
+@dataclass
+class Window:
+    """Sums over the steps since the last record. It is in checkpoints, so that records do not depend on resumes."""
+
+    cross_entropy: float = 0.0
+    targets: float = 0.0
+    skipped: int = 0
+
+    def add(self, cross_entropy: float, targets: float, skipped: bool) -> None:
+        """One step; the loss of a skipped one says nothing and is left out."""
+        self.skipped += skipped
+        if not skipped:
+            self.cross_entropy += cross_entropy
+            self.targets += targets
+
+    def loss(self) -> float | None:
+        """Nats per token; None if every step was skipped."""
+        return self.cross_entropy / self.targets if self.targets else None
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, with `kind` ("train" or "held_out") and `step`.
+
+    Records beyond `step`, and a last line that a crash cut short, are dropped on opening: after a resume no step
+    appears twice.
+    """
+
+    def __init__(self, path: Path, step: int):
+        if path.exists():
+            kept = "".join(json.dumps(record) + "\n" for record in read(path) if record["step"] <= step)
+            fresh = path.with_suffix(".partial")
+            fresh.write_text(kept, encoding="utf-8")
+            os.replace(fresh, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole records of a metrics file."""
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)
+
+
+class Dashboards:
+    """TensorBoard, and Weights & Biases if asked for.
+
+    Raises:
+        ValueError: wandb was asked for and is not installed.
+    """
+
+    def __init__(self, config: LogConfig, run_dir: Path, settings: dict[str, Any], step: int):
+        self._tensorboard = self._wandb = None
+        if config.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError("log.wandb=true needs wandb: pip install 'riverrun[wandb]'") from None
+            self._wandb = wandb.init(
+                dir=str(run_dir),
+                name=run_dir.name,
+                id=run_dir.name,
+                project="riverrun",
+                resume="allow",
+                config=settings,
+            )
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        step, kind = record["step"], record["kind"]
+        values = {f"{kind}/{k}": v for k, v in record.items() if k not in ("step", "kind") and v is not None}
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
