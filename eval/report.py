@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
-from rich.text import Text
 
 from riverrun.eval.tasks.perplexity import Bucket, PerplexityResult
 
 
-def perplexity_tables(result: PerplexityResult, bits_per_byte: float, title: str) -> list[Table]:
+def perplexity_tables(result: PerplexityResult, bits_per_byte: float) -> list[Table]:
     """The figures of a text, and its loss by position."""
-    summary = Table(title=Text(title), title_justify="left", show_header=False)
+    summary = Table(show_header=False)
     interval = result.interval
     rows = {
         "loss (nats a token)": f"{result.loss:.4f}" + ("" if result.stderr is None else f" ± {result.stderr:.4f}"),
@@ -23,8 +22,8 @@ def perplexity_tables(result: PerplexityResult, bits_per_byte: float, title: str
     }
     for name, value in rows.items():
         summary.add_row(name, value)
-    positions = Table(title=Text("loss by position (tokens of context)"), title_justify="left")
-    for name in ("position", "loss", "tokens"):
+    positions = Table()
+    for name in ("tokens of context", "loss", "tokens scored"):
         positions.add_column(name, justify="right")
     for bucket in result.by_position:
         positions.add_row(span(bucket), f"{bucket.loss:.4f}", f"{bucket.tokens:,}")
@@ -41,7 +40,6 @@ def plot_loss_by_position(buckets: Sequence[Bucket], path: Path, title: str) -> 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     edges = [bucket.first for bucket in buckets] + [buckets[-1].last + 1]
     axes.stairs([bucket.loss for bucket in buckets], edges, baseline=None, linewidth=2)
-    axes.plot([(b.first * b.last) ** 0.5 for b in buckets], [b.loss for b in buckets], "o", markersize=4)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="position (tokens of context)", ylabel="nats per token", title=title)
     axes.grid(alpha=0.3)

@@ -17,17 +17,16 @@ class Block(nn.Module):
         self.post_norm = mixer == "attention" and options.post_norm_attention
         self.mixer_norm = RMSNorm(options.hidden_size, options.norm_eps)
         self.mixer = MIXERS[mixer](getattr(options, mixer), options.hidden_size, options.norm_eps)
-        self.mlp_norm: RMSNorm | None = None
-        self.mlp: SwiGLU | None = None
+        self.mixer.o_proj.writes_residual = True  # type: ignore[union-attr]
+        self.has_mlp = options.intermediate_size != 0
         if options.intermediate_size:
             self.mlp_norm = RMSNorm(options.hidden_size, options.norm_eps)
             self.mlp = SwiGLU(options.hidden_size, options.intermediate_size)
             self.mlp.down_proj.writes_residual = True  # type: ignore[assignment]
-        self.mixer.o_proj.writes_residual = True  # type: ignore[union-attr,assignment]
 
     def forward(self, x: torch.Tensor, layout: Layout, states: States | None = None) -> torch.Tensor:
         if self.post_norm:
             x = x + self.mixer_norm(self.mixer(x, layout, states))
-            return x if self.mlp is None else x + self.mlp_norm(self.mlp(x))
+            return x + self.mlp_norm(self.mlp(x)) if self.has_mlp else x
         x = x + self.mixer(self.mixer_norm(x), layout, states)
-        return x if self.mlp is None else x + self.mlp(self.mlp_norm(x))
+        return x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x

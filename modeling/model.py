@@ -139,7 +139,12 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
             out = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), z_loss=z_loss)
             loss = (out.loss + out.z_loss) / (out.num_targets if num_targets is None else num_targets)
             cross_entropy = out.loss.detach()
-        result = CausalLMOutput(loss=loss, logits=logits, past_key_values=cache, cross_entropy=cross_entropy)
+        result = CausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache,  # type: ignore[arg-type]
+            cross_entropy=cross_entropy,
+        )
         return result.to_tuple() if return_dict is False else result
 
     def _layout(self, input_ids, attention_mask, cu_seqlens, cache) -> Layout:
@@ -194,14 +199,14 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
             if getattr(module, "writes_residual", False):  # so that the stream's variance does not grow with depth
                 std /= math.sqrt(options.num_hidden_layers * (2 if options.intermediate_size else 1))
             nn.init.normal_(module.weight, std=std)
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        elif (reset := getattr(module, "reset_parameters", None)) is not None:
+            reset()
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # generate() leaves the cache to `forward`
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids, past_key_values=None, attention_mask=None, use_cache=True, **kwargs
     ):
         if past_key_values is not None:

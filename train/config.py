@@ -127,6 +127,11 @@ class Recipe(Section):
             found.append("schedule.decay_steps belongs to the wsd schedule: drop it or set schedule.name='wsd'")
         if not all(0 <= beta < 1 for beta in self.optimizer.betas):
             found.append(f"optimizer.betas={list(self.optimizer.betas)} must lie in [0, 1); (0.9, 0.95) is usual")
+        if self.optimizer.name == "muon" and self.engine.zero_stage != 1:
+            found.append(
+                f"optimizer.name='muon' needs engine.zero_stage=1: stage {self.engine.zero_stage} would clip the "
+                "orthogonalised update instead of the gradient"
+            )
         for mixer in ("mamba2", "gated_delta"):
             chunk = getattr(self.model, mixer).chunk_size
             if mixer in self.model.layer_pattern and self.data.seq_len < chunk:

@@ -174,7 +174,7 @@ class Trainer:
 
     def train(self) -> Outcome:
         """Runs to the last step, or to a signal."""
-        recipe, stopped = self.recipe, 0
+        recipe, stopped, begun = self.recipe, 0, self.step
         self.clock = Clock()
         if self.step == 0 and recipe.train.eval_every:
             self._evaluate()  # the untrained model, for the curve
@@ -188,7 +188,7 @@ class Trainer:
                     self._evaluate()
                 if recipe.checkpoint.every and self._due(recipe.checkpoint.every):
                     self._save()
-        if not stopped and not (recipe.train.eval_every and self._due(recipe.train.eval_every)):
+        if self.step > begun and not stopped and not recipe.train.eval_every:
             self._evaluate()
         if self.saved_step != self.step:
             self._save()

@@ -58,21 +58,19 @@ class _Convolution(torch.autograd.Function):
         if bias is not None:
             y += bias
         ctx.has_bias = bias is not None
-        if not silu:
-            ctx.save_for_backward(row, weight, None)
-            return y.to(row.dtype)
-        ctx.save_for_backward(row, weight, y.to(row.dtype))
-        return F.silu(y).to(row.dtype)
+        ctx.silu = silu
+        ctx.save_for_backward(row, weight, *([y.to(row.dtype)] if silu else []))
+        return (F.silu(y) if silu else y).to(row.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        row, weight, before_silu = ctx.saved_tensors
+        row, weight = ctx.saved_tensors[:2]
         dtype = torch.promote_types(row.dtype, torch.float32)
         T, W = grad.shape[1], weight.shape[1]
         inputs, taps, grad = row.to(dtype), weight.to(dtype), grad.to(dtype)
-        if before_silu is not None:
-            grad = torch.ops.aten.silu_backward(grad, before_silu.to(dtype))
+        if ctx.silu:
+            grad = torch.ops.aten.silu_backward(grad, ctx.saved_tensors[2].to(dtype))
         grad_row = torch.zeros_like(inputs)
         grad_taps = []
         for w in range(W):

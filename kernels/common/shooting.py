@@ -7,8 +7,10 @@ start, all chunks at once; with Φ_s its end state and A_s = ∏_t ∂h_t/∂h_{
 
 a short scan over the chunks. This is Newton's method on the chunk boundaries alone: inside a chunk the propagation is
 exact, which makes it far more robust than Newton on every state (ParaRNN, arXiv 2510.21450) where a cell is not
-contractive. Each pass makes one more chunk exact, whatever A is. A solve whose guesses still move after the allowed
-passes is finished step by step from there: what is returned is never an unconverged trajectory.
+contractive. Each pass makes one more chunk exact, whatever A is. Where a cell is not contractive, a guess that hardly
+moves proves nothing: its error may grow inside its chunk and over those after it. So once the guesses rest, one more
+pass, with A uncut, must leave every state where it was. A solve that has not passed this test after the allowed passes
+is finished step by step from there: what is returned is never an unconverged trajectory.
 
 Backward. The adjoint μ_{t−1} = g_{t−1} + J_tᵀ μ_t at the stored trajectory is linear: one exact reverse scan.
 
@@ -16,6 +18,7 @@ Where the sequences alone fill the device there is nothing to gain from cutting 
 """
 
 import functools
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -29,10 +32,9 @@ from riverrun.kernels.common.chunks import Chunks, chunk_layout, sequence_bounds
 # a second copy of this source, loaded under another name as a checkpoint's remote code, has ops of its own
 NAMESPACE = re.sub(r"\W", "_", __name__)
 
-# Independent recurrences (sequences × channels) from which stepping all sequences through time beats shooting.
-# CPU: measured; shooting evaluates the cell and its Jacobian about three times, and a step of so many lanes costs more
-# than the overhead of its calls. CUDA: the lanes at which launch overhead stops to dominate a step.
-SEQUENTIAL_LANES = {"cpu": 512, "cuda": 131_072}
+# Independent recurrences (sequences × channels) from which stepping all sequences through time beats shooting, which
+# evaluates the cell three or four times and its Jacobian two or three. Measured on one core of a CPU, and on an H100.
+SEQUENTIAL_LANES = {"cpu": 512, "cuda": 200_000}
 
 # elements of a tensor that is linearised at a time on a CPU: the temporaries then stay in its cache
 CPU_SLAB = 1 << 16
@@ -76,7 +78,8 @@ class SolveStatistics:
     Attributes:
         solves: solves in parallel over time.
         passes: the most shooting passes that one of them took.
-        change: the largest last change of a boundary state in the solves that converged: the error of their states.
+        change: the largest change of a state by the last pass of the solves that converged. The error that is left is
+            of second order in it.
         fallbacks: solves that did not converge and were finished step by step.
         sequential: calls that were evaluated step by step from the outset, because that is faster.
     """
@@ -210,42 +213,81 @@ def _solve(
 ) -> torch.Tensor:
     """→ states (K, B, T, D). In here the chunk axis M comes first: gates (M, L, G, D), boundary states (M, K, D)."""
     dtype = state_dtype(gates)
-    gates, weight = _split(chunks, gates).to(dtype), weight.to(dtype)
+    gates, weight, initial_state = _split(chunks, gates).to(dtype), weight.to(dtype), initial_state.to(dtype)
     M, L, _, D = gates.shape
-    num_steps = len(chunks.active)
-    initial = chunks.sort(initial_state.to(dtype))
     all_states = gates.new_empty(cell.num_states, M, L, D)
     states = all_states.unbind(0)
 
-    passes, change, converged = 0, 0.0, True
-    start = torch.cat([initial, _guess(cell, gates, weight, chunks)]) if max_passes else initial
-    while passes < max_passes:
+    passes, converged = 0, False
+    if max_passes:
+        passes, change = _shoot(cell, gates, weight, initial_state, states, chunks, tolerance, max_passes)
+        converged = change <= tolerance
+        _record(name, passes, change, converged)
+    else:
+        _statistics.setdefault(name, SolveStatistics()).sequential += 1
+    if not converged:
+        # step through time, from the chunks on that are not exact yet
+        for s in range(passes, len(chunks.active)):
+            rows = chunks.step(s)
+            before = [x[_previous(chunks, s), -1] for x in states] if s else None
+            start = chunks.sort(initial_state) if before is None else torch.stack(before, dim=1)
+            cell.run(start, gates[rows], weight, tuple(x[rows] for x in states))
+    return all_states if _whole_rows(chunks) else torch.stack([chunks.join(s) for s in states])
+
+
+def _shoot(
+    cell: Cell,
+    gates: torch.Tensor,
+    weight: torch.Tensor,
+    initial_state: torch.Tensor,
+    states: States,
+    chunks: Chunks,
+    tolerance: float,
+    max_passes: int,
+) -> tuple[int, float]:
+    """Passes over all chunks, which write `states`, until none of these changes by more than `tolerance`.
+
+    Returns:
+        The number of passes, which is also the number of leading chunks of each sequence that are exact for certain,
+        and how much the last pass changed any state: infinity if the pass before had not settled the chunks' starts.
+    """
+    start = torch.cat([chunks.sort(initial_state), _guess(cell, gates, weight, chunks)])
+    settled: States | None = None
+    change = math.inf
+    for passes in range(1, max_passes + 1):
         cell.run(start, gates, weight, states)
-        passes += 1
-        if passes == num_steps:  # the first chunks of a sequence, one more each pass, start from exact states
-            change = 0.0
-            break
+        if passes == len(chunks.active):
+            return passes, 0.0  # one more chunk each pass has started from an exact state: all have
+        if settled is not None:
+            padding = ~chunks.valid[..., None]
+            change = max((x - y).masked_fill_(padding, 0).abs().max().item() for x, y in zip(states, settled))
+            if change <= tolerance:
+                break
         end = torch.stack([s[:, -1] for s in states], dim=1)
         A = _chunk_jacobian(cell, start, gates, states, weight)
-        new, _ = chunks.scan(
-            lambda g, end, A, old: end + (A * (g - old)[:, None]).sum(2), initial_state.to(dtype), end, A, start
-        )
-        change = (new - start).abs().max().item()
-        if change <= tolerance:
-            break
+
+        def correct(A: torch.Tensor, end: torch.Tensor = end, old: torch.Tensor = start) -> torch.Tensor:
+            return chunks.scan(_correct, initial_state, end, A, old)[0]
+
+        new = correct(A.nan_to_num(nan=0.0).clamp(-1, 1))  # lest far starts overshoot and overflow
+        settled, change = None, math.inf
+        if (new - start).abs().max().item() <= tolerance:
+            settled = tuple(s.clone() for s in states)
+            uncut = correct(A)
+            new = torch.where(uncut.isfinite(), uncut, new)
         start = new
-    else:
-        for s in range(passes, num_steps):  # the chunks before are exact
-            rows = chunks.step(s)
-            if s:
-                earlier = slice(chunks.step(s - 1).start, chunks.step(s - 1).start + chunks.active[s])
-                start = torch.stack([x[earlier, -1] for x in states], dim=1)
-            else:
-                start = initial
-            cell.run(start, gates[rows], weight, tuple(x[rows] for x in states))
-        converged = False
-    _record(name, passes, change if converged else None, max_passes)
-    return all_states if _whole_rows(chunks) else torch.stack([chunks.join(s) for s in states])
+    return passes, change
+
+
+def _correct(g: torch.Tensor, end: torch.Tensor, A: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """The start (n, K, D) of the next chunks, to first order, for starts `g` of chunks that ran from `old` to `end`."""
+    return end + (A * (g - old)[:, None]).sum(2)
+
+
+def _previous(chunks: Chunks, s: int) -> slice:
+    """The chunks before those of scan step `s`, in their sequences."""
+    start = chunks.step(s - 1).start
+    return slice(start, start + chunks.active[s])
 
 
 def _whole_rows(chunks: Chunks) -> bool:
@@ -257,15 +299,11 @@ def _split(chunks: Chunks, x: torch.Tensor) -> torch.Tensor:
     return x if _whole_rows(chunks) else chunks.split(x)
 
 
-def _record(name: str, passes: int, change: float | None, max_passes: int) -> None:
-    """`change`: of the last pass; None if it did not suffice."""
+def _record(name: str, passes: int, change: float, converged: bool) -> None:
     statistics = _statistics.setdefault(name, SolveStatistics())
-    if not max_passes:
-        statistics.sequential += 1
-        return
     statistics.solves += 1
     statistics.passes = max(statistics.passes, passes)
-    if change is not None:
+    if converged:
         statistics.change = max(statistics.change, change)
         return
     statistics.fallbacks += 1
@@ -279,8 +317,7 @@ def _record(name: str, passes: int, change: float | None, max_passes: int) -> No
 
 def _guess(cell: Cell, gates: torch.Tensor, weight: torch.Tensor, chunks: Chunks) -> torch.Tensor:
     """f(0, u) of the token before each chunk but the first of every sequence."""
-    offsets = [chunks.step(s).start for s in range(len(chunks.active))]
-    previous = [gates[o : o + n, -1:] for o, n in zip(offsets, chunks.active[1:])]
+    previous = [gates[_previous(chunks, s), -1:] for s in range(1, len(chunks.active))]
     if not previous:
         return gates.new_empty(0, cell.num_states, gates.shape[-1])
     last = torch.cat(previous)
@@ -292,13 +329,13 @@ def _guess(cell: Cell, gates: torch.Tensor, weight: torch.Tensor, chunks: Chunks
 def _chunk_jacobian(
     cell: Cell, start: torch.Tensor, gates: torch.Tensor, states: States, weight: torch.Tensor
 ) -> torch.Tensor:
-    """A (M, K, K, D) of each chunk, cut to ±1: the scan of a cell that is not contractive must not overflow."""
+    """A (M, K, K, D) of each chunk."""
     before = tuple(torch.cat([s[:, None], x[:, :-1]], dim=1) for s, x in zip(start.unbind(1), states))
     A = []
     for rows in _slabs(gates):
         steps, *_ = cell.linearise(tuple(x[rows] for x in before), gates[rows], tuple(x[rows] for x in states), weight)
         A.append(torch.stack([torch.stack(row, dim=1) for row in _product(steps)], dim=1))
-    return torch.cat(A).nan_to_num(nan=0.0).clamp(-1, 1)
+    return torch.cat(A)
 
 
 def _product(steps: Jacobian) -> Jacobian:
@@ -334,7 +371,7 @@ def _solve_backward(
     # (M, L, D) each; the adjoints take the place of the gradients
     adjoint = [g.clone() if _whole_rows(chunks) else chunks.split(g) for g in grad.unbind(0)]
     split_J = [[_split(chunks, x.view(B, T, D)) for x in row] for row in J]
-    carry = _chunk_carries(split_J, adjoint, chunks) if parallel else None
+    carry = _chunk_carries(split_J, adjoint, chunks) if parallel and len(chunks.active) > 1 else None
     _reverse(split_J, adjoint, chunks, carry)
     if not _whole_rows(chunks):
         adjoint = [chunks.join(x) for x in adjoint]
@@ -422,12 +459,11 @@ def _chunk_carries(J: Jacobian, grad: list[torch.Tensor], chunks: Chunks) -> lis
     A = _product(J)
     carry = nothing
     for s in range(len(chunks.active) - 1, 0, -1):
-        rows, n = chunks.step(s), chunks.active[s]
-        start = chunks.step(s - 1).start
+        rows = chunks.step(s)
         for j in range(len(J)):
             out = own[j][rows]
             for i in range(len(J)):
                 # a Jacobian that overflowed says nothing where there is nothing to carry
                 out = out + torch.where(carry[i][rows] == 0, 0, A[i][j][rows] * carry[i][rows])
-            carry[j][start : start + n] = out
+            carry[j][_previous(chunks, s)] = out
     return carry

@@ -112,7 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = _product(grad, weight).to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight += _product(grad.T, hidden[rows])
+                _add_product(grad_weight, grad.T, hidden[rows])
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
 
 
@@ -127,6 +127,17 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if a.is_cuda and a.dtype != dtype:
             return torch.mm(a, b, out_dtype=dtype)
         return a.to(dtype) @ b.to(dtype)
+
+
+def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """out += a @ b, in the dtype of `out`."""
+    if not a.is_cuda or a.dtype == out.dtype:
+        with torch.autocast(a.device.type, enabled=False):
+            out.addmm_(a.to(out.dtype), b.to(out.dtype))
+    elif torch.compiler.is_compiling():  # which cannot trace the product below
+        out += _product(a, b)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
 
 
 def _chunks(total: int, size: int) -> list[slice]:

@@ -33,7 +33,7 @@ def para_gru(
             row.
         backend: "auto", "reference" or "chunked" (see `resolve_backend`).
         chunk_size: tokens a chunk in the chunked backend; default: by measurement, which may be to step through time.
-        tolerance: how much a state at the start of a chunk may still change for the solve to have converged.
+        tolerance: how much the last pass may change a state for the solve to have converged.
         max_passes: after so many, a solve that has not converged is finished step by step, with a RuntimeWarning.
 
     Returns:

@@ -33,9 +33,7 @@ def eval_() -> None:
 @app.command()
 def perplexity(
     model: Model,
-    data: Annotated[
-        Path, typer.Option(help="A token store's folder, a text file, or a .jsonl file.")
-    ],
+    data: Annotated[Path, typer.Option(help="A token store's folder, a text file, or a .jsonl file.")],
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens a segment, or a chunk when streaming; default: as in training.")
     ] = None,
@@ -93,6 +91,7 @@ def perplexity(
 
     bits = record.metrics["bits_per_byte"]
     assert bits is not None
-    for table in perplexity_tables(result, bits, f"{loaded.description} on {data}"):
+    out.print(Text(f"{loaded.description} on {data}"), soft_wrap=True)
+    for table in perplexity_tables(result, bits):
         out.print(table)
     out.print(Text(f"{path} and loss_by_position.png beside it"), soft_wrap=True)

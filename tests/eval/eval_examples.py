@@ -23,7 +23,7 @@ from riverrun.train.data.tokenizer import ByteTokenizer
 TEXTS = ["Riverrun, past Eve and Adam's,", "x", "from swerve of shore to bend of bay — " * 3, "né à", "brings us " * 9]
 
 
-def hybrid(window: int | None = 5) -> RiverrunForCausalLM:
+def hybrid(window: int | None = 5, tolerance: float = 1e-5) -> RiverrunForCausalLM:
     torch.manual_seed(0)
     options = ModelOptions(
         vocab_size=ByteTokenizer.vocab_size,
@@ -35,10 +35,15 @@ def hybrid(window: int | None = 5) -> RiverrunForCausalLM:
         attention=AttentionOptions(num_heads=2, num_kv_heads=1, head_dim=4, window=window),
         mamba2=Mamba2Options(head_dim=8, state_size=6, chunk_size=8),
         gated_delta=GatedDeltaOptions(num_heads=2, head_dim=4, chunk_size=8),
-        para_gru=ParaGRUOptions(num_heads=2),
-        para_lstm=ParaLSTMOptions(num_heads=2),
+        para_gru=ParaGRUOptions(num_heads=2, tolerance=tolerance),
+        para_lstm=ParaLSTMOptions(num_heads=2, tolerance=tolerance),
     )
     return RiverrunForCausalLM(RiverrunConfig.from_options(options)).eval()
+
+
+def exact_hybrid(window: int | None = 5) -> RiverrunForCausalLM:
+    """In float64, down to its rounding."""
+    return hybrid(window, 1e-12).double()
 
 
 def encoded(texts: list[str] = TEXTS) -> list[list[int]]:

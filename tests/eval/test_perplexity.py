@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from eval_examples import TEXTS, encoded, hybrid, write_store
+from eval_examples import TEXTS, encoded, exact_hybrid, hybrid, write_store
 from torch import nn
 from torch.nn import functional as F
 
@@ -49,19 +49,19 @@ def assert_same(result, losses, tolerance=1e-9):
 @pytest.mark.parametrize("seq_len", [1, 7, 32, 1000])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_packed_documents_equal_a_loop_over_documents(seq_len, batch_size):
-    model = hybrid().double()
+    model = exact_hybrid()
     result = evaluate(model, packed_batches(encoded(), seq_len, batch_size))
     assert_same(result, plain_losses(model, encoded(), seq_len))
 
 
 @pytest.mark.parametrize("seq_len", [7, 1000])
 def test_one_segment_a_row_equals_a_loop_over_documents(seq_len):
-    model = hybrid().double()
+    model = exact_hybrid()
     assert_same(evaluate(model, row_batches(encoded(), seq_len, 3)), plain_losses(model, encoded(), seq_len))
 
 
 def test_the_trainers_batches_can_be_evaluated(store):
-    model = hybrid().double()
+    model = exact_hybrid()
     rows = PackedRows(TokenStore.open(store), 40)
     batches = [collate([rows[i], rows[i + 1]]) for i in (0, 2)]
     result = evaluate(model, [(b.input_ids, b.targets, b.cu_seqlens) for b in batches])
@@ -75,7 +75,7 @@ def test_the_trainers_batches_can_be_evaluated(store):
 @pytest.mark.parametrize("chunk_len", [1, 16, 1000])
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_streaming_equals_one_long_forward(window, chunk_len, batch_size):
-    model = hybrid(window).double()
+    model = exact_hybrid(window)
     result = evaluate_streaming(model, encoded(), chunk_len=chunk_len, batch_size=batch_size)
     assert_same(result, plain_losses(model, encoded()))
     assert result.by_position[-1].first == 64  # the longest document has 117 tokens

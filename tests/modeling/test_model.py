@@ -31,8 +31,8 @@ BASE = ModelOptions(
     attention=AttentionOptions(num_heads=4, num_kv_heads=2, head_dim=4),
     mamba2=Mamba2Options(head_dim=8, state_size=6, num_groups=2, chunk_size=8),
     gated_delta=GatedDeltaOptions(num_heads=2, head_dim=4, num_householder=2, chunk_size=8),
-    para_gru=ParaGRUOptions(num_heads=2),
-    para_lstm=ParaLSTMOptions(num_heads=2),
+    para_gru=ParaGRUOptions(num_heads=2, tolerance=1e-12),
+    para_lstm=ParaLSTMOptions(num_heads=2, tolerance=1e-12),
 )
 WINDOWED = replace(BASE.attention, window=5)
 HYBRID = ("mamba2", "gated_delta", "para_gru", "para_lstm", "attention")

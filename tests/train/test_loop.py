@@ -71,12 +71,13 @@ def straight(tmp_path_factory):
 
 def test_a_run_learns_and_leaves_everything_an_export_needs(straight):
     found = records(straight)
-    losses = [r["loss"] for r in found if r["kind"] == "train"]
-    assert [r["step"] for r in found if r["kind"] == "train"] == [3, 6, 9, 12, 15, 18, 20]
-    assert [r["step"] for r in found if r["kind"] == "held_out"] == [10, 20]
+    trained = [r for r in found if r["kind"] == "train"]
+    losses = [r["loss"] for r in trained]
+    assert [r["step"] for r in trained] == [3, 6, 9, 12, 15, 18, 20]
+    assert [r["step"] for r in found if r["kind"] == "held_out"] == [0, 10, 20]
     assert losses[-1] < 0.75 * losses[0]
-    assert found[0]["bits_per_byte"] == pytest.approx(metrics.bits_per_byte(losses[0], 4.0))
-    assert found[0]["tokens"] == 3 * 8 * 16 and found[0]["lr"] == pytest.approx(1e-2, rel=0.02)
+    assert trained[0]["bits_per_byte"] == pytest.approx(metrics.bits_per_byte(losses[0], 4.0))
+    assert trained[0]["tokens"] == 3 * 8 * 16 and trained[0]["lr"] == pytest.approx(1e-2, rel=0.02)
     assert [c.name for c in checkpoint.checkpoints(straight)] == ["step_00000016", "step_00000020"]
     for name in ("config.toml", "config.json", "versions.json", "loss.png"):
         assert (straight / name).stat().st_size > 0
@@ -155,6 +156,16 @@ def test_a_finished_run_can_be_extended_but_not_changed(straight, tmp_path):
     code, printed = train(branch, resume=str(checkpoint.folder_of(straight) / "step_00000016"), config=longer)
     assert code == 0 and "from step 16 " in printed, printed
     assert [r["step"] for r in records(branch) if r["kind"] == "train"] == [17, 18, 19, 20, 21, 22]
+
+
+def test_a_finished_run_started_again_changes_nothing(straight, tmp_path):
+    run_dir, config = tmp_path / "run", recipe(train={"steps": 4, "eval_every": 0})
+    assert train(run_dir, config=config)[0] == 0
+    before = records(run_dir)
+    assert [(r["kind"], r["step"]) for r in before] == [("train", 3), ("train", 4), ("held_out", 4)]
+    code, printed = train(run_dir, config=config)
+    assert code == 0 and "finished 4 steps" in printed
+    assert records(run_dir) == before
 
 
 def test_two_ranks_train_like_one_and_resume_bit_for_bit(straight, tmp_path):

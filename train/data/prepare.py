@@ -45,7 +45,7 @@ class Prepared:
     Attributes:
         counts: for each store, its documents, tokens and bytes.
         skipped: documents left out, by reason.
-        examples: where a few of them are.
+        examples: where a few of them are; empty ones are only counted.
     """
 
     out: Path
@@ -173,7 +173,7 @@ class PieceWriter:
         record = {
             "shards": shards,
             "skipped": dict(Counter(s.reason for s in skipped)),
-            "examples": [f"{s.where}: {s.reason}" for s in skipped[:SHOWN_SKIPS]],
+            "examples": [f"{s.where}: {s.reason}" for s in skipped if s.reason != "empty"][:SHOWN_SKIPS],
         }
         write_atomically(self.record_path(piece), json.dumps(record).encode())
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from riverrun.train.data.loader import PackedLoader
-from riverrun.train.data.mixture import Mixture
+from riverrun.train.data.mixture import Mixture, _pattern
 from riverrun.train.data.order import Permutation
 from riverrun.train.data.packing import IGNORED, PackedRows, collate
 from riverrun.train.data.store import TokenStore, token_dtype, write_index, write_shard
@@ -97,6 +97,15 @@ def test_mixture_keeps_its_proportions_everywhere(store):
         assert len(set(mine[: len(rows)])) == min(len(rows), len(mine))
 
 
+def test_no_store_is_ever_a_row_away_from_its_share():
+    weights = [0.5, 0.21, 0.07, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01, 0.01]
+    pattern = _pattern(weights)
+    assert Counter(pattern) == {source: round(len(pattern) * weight) for source, weight in enumerate(weights)}
+    for stop in range(1, len(pattern) + 1):
+        counts = Counter(pattern[:stop])
+        assert all(abs(counts[source] - weight * stop) < 1 for source, weight in enumerate(weights))
+
+
 def test_a_vanishing_weight_is_refused(store):
     rows = PackedRows(store, 7)
     with pytest.raises(ValueError, match="less than 1/1000"):
@@ -122,6 +131,20 @@ def test_order_does_not_depend_on_ranks_or_micro_batches(store, ranks, micro):
         assert torch.equal(torch.cat([p.input_ids for p in parts]), expected.input_ids)
         assert torch.equal(torch.cat([p.targets for p in parts]), expected.targets)
         assert sum(p.num_targets for p in parts) == expected.num_targets
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 4), (2, 2), (4, 1)])
+def test_all_ranks_together_see_every_row_once_an_epoch(store, ranks, micro):
+    rows = PackedRows(store, 7)
+    n = len(rows)
+    loaders = [
+        PackedLoader(Mixture([rows], [1.0], 9), global_batch_size=4, micro_batch_size=micro, dp_rank=r, dp_size=ranks)
+        for r in range(ranks)
+    ]
+    seen = torch.cat([b.input_ids for step in range(n) for loader in loaders for b in loader.step(step)])
+    corpus = store.tokens(0, n * 7).astype(np.int64).reshape(n, 7)
+    for epoch in range(4):  # n steps of 4 rows; steps may span two epochs
+        assert sorted(seen[epoch * n : (epoch + 1) * n].tolist()) == sorted(corpus.tolist())
 
 
 def test_impossible_splits_and_short_stores_are_refused(store):

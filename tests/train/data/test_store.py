@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from riverrun.train.data import store as stores
 from riverrun.train.data.store import TokenStore, token_dtype, write_index, write_shard
 
 TOKENIZER = {"fingerprint": "f" * 64, "vocab_size": 100, "eos_id": 0}
@@ -34,6 +35,17 @@ def test_documents_and_ranges_across_shards(tmp_path):
             assert store.tokens(start, stop).tolist() == flat[start:stop].tolist()
             expected = starts[(starts >= start) & (starts < stop)]
             assert store.document_starts(start, stop).tolist() == expected.tolist()
+
+
+def test_more_shards_than_are_held_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(stores, "MAPPED_SHARDS", 2)
+    shards = [[[i + 1, 0], [i + 1, i + 1, 0]] for i in range(20)]
+    store = TokenStore.open(write(tmp_path, shards))
+    for i in (39, 0, 17, 17, 4, 38):
+        assert store.document(i).tolist() == shards[i // 2][i % 2]
+    assert store.tokens(0, store.num_tokens).tolist() == [t for shard in shards for d in shard for t in d]
+    assert len(store.document_starts(0, store.num_tokens)) == 40
+    assert store._map.cache_info().currsize == 2
 
 
 def test_large_vocabularies_are_stored_in_four_bytes(tmp_path):
@@ -67,7 +79,7 @@ def test_a_folder_without_index_is_no_store(tmp_path):
         TokenStore.open(tmp_path)
 
 
-@pytest.mark.parametrize("damage", range(8))
+@pytest.mark.parametrize("damage", range(9))
 def test_malformed_indices_are_refused(tmp_path, damage):
     path = write(tmp_path) / "index.json"
     index = json.loads(path.read_text())
@@ -80,6 +92,7 @@ def test_malformed_indices_are_refused(tmp_path, damage):
         json.dumps({**index, "shards": [{**index["shards"][0], "name": "../00000"}]}),
         json.dumps({**index, "tokenizer": {"fingerprint": "x"}}),
         json.dumps({**index, "shards": [{**index["shards"][0], "tokens": "9"}]}),
+        json.dumps({**index, "shards": [{**index["shards"][0], "tokens": 0}]}),
     ]
     path.write_text(texts[damage])
     with pytest.raises(ValueError, match=r"index\.json is not an index"):
