@@ -65,12 +65,12 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        row, weight = ctx.saved_tensors[:2]
+        row, weight, *before_silu = ctx.saved_tensors  # read once: a checkpointed tensor cannot be unpacked twice
         dtype = torch.promote_types(row.dtype, torch.float32)
         T, W = grad.shape[1], weight.shape[1]
         inputs, taps, grad = row.to(dtype), weight.to(dtype), grad.to(dtype)
         if ctx.silu:
-            grad = torch.ops.aten.silu_backward(grad, ctx.saved_tensors[2].to(dtype))
+            grad = torch.ops.aten.silu_backward(grad, before_silu[0].to(dtype))
         grad_row = torch.zeros_like(inputs)
         grad_taps = []
         for w in range(W):
