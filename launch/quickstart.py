@@ -61,7 +61,8 @@ def run(folder: Path, overrides: Sequence[str]) -> None:
 
     out.rule("training")
     values = [
-        f"data.train={stores / 'train'}", f"data.held_out={stores / 'held_out'}", f"data.tokenizer={model}", *overrides,
+        f"data.train={stores / 'train'}", f"data.held_out={stores / 'held_out'}", f"data.tokenizer={model}",
+        "train.eval_every=50", "train.eval_rows=1000", *overrides,
     ]  # fmt: skip
     _show("train quickstart", *values, "--run-dir", run_dir)
     train.train("quickstart", values, run_dir)
@@ -119,7 +120,7 @@ def _load_back(run_dir: Path, exported: Path, logits: Path) -> float:
     found = subprocess.run(command, capture_output=True, text=True)
     if found.returncode:
         raise RuntimeError(f"the export cannot be loaded by transformers:\n{found.stderr}")
-    out.print(found.stdout.strip(), markup=False, highlight=False)
+    out.print(found.stdout.strip(), markup=False, highlight=False, soft_wrap=True)
     ours = load_model(str(run_dir), device="cpu", dtype="fp32")
     theirs = torch.load(logits)
     logits.unlink()
@@ -141,7 +142,10 @@ def _report(folder: Path, run_dir: Path, stores: Path, difference: float, second
     table.add_row("trained model, every file from its start", f"{final:.3f}")
     out.print(table)
     out.print(f"exported logits differ from ours by {difference:.1e} of the largest")
-    out.print(f"loss curve: {run_dir / 'loss.png'}    export: {folder / 'exported'}    {seconds:.0f} seconds in all")
+    out.print(
+        f"loss curve: {run_dir / 'loss.png'}    export: {folder / 'exported'}    {seconds:.0f} seconds in all",
+        soft_wrap=True,
+    )
 
 
 def _show(command: str, *arguments: object) -> None:

@@ -170,8 +170,13 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.recompute = enabled
 
     def compile_blocks(self) -> None:
-        """torch.compile every block in place; parameter names stay as they are."""
+        """torch.compile every block in place; parameter names stay as they are.
+
+        Recurrent mixers stay eager: their chunk layout follows the documents of each batch, on the host.
+        """
         for block in self.model.layers:
+            if not block.mixer.traceable:
+                block.mixer.forward = torch.compiler.disable(block.mixer.forward)
             block.compile()
 
     def flops_per_token(self, seq_len: int) -> float:

@@ -52,7 +52,7 @@ def ssd(
     check_shape("ssd", "A", A, (H,), "(H,)")
     check_shape("ssd", "B", B, (batch, T, G, N), "(B, T, G, N)")
     check_shape("ssd", "C", C, (batch, T, G, N), "(B, T, G, N)")
-    if D is not None and tuple(D.shape) not in ((H,), (H, P)):
+    if D is not None and (D.dim() not in (1, 2) or D.shape != (H, P)[: D.dim()]):
         raise ValueError(f"ssd: D must have shape (H,) = {(H,)} or (H, P) = {(H, P)}, got {tuple(D.shape)}")
     if initial_state is not None:
         num_sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1

@@ -12,7 +12,9 @@ from riverrun.modeling.mixers.options import AttentionOptions
 
 @register("attention")
 class Attention(Mixer):
-    """Causal attention through torch's SDPA."""
+    """Causal attention through torch's SDPA. Its gradient of q on CUDA differs in the last bits from run to run."""
+
+    traceable = True
 
     def __init__(self, options: AttentionOptions, hidden_size: int, norm_eps: float):
         super().__init__()

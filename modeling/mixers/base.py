@@ -19,6 +19,8 @@ class Mixer(nn.Module, ABC):
     projection back into the residual stream is a Linear named `o_proj` (its initialisation is scaled with depth).
     """
 
+    traceable = False  # torch.compile traces `forward`; other mixers run eagerly inside a compiled block
+
     @abstractmethod
     def forward(self, x: torch.Tensor, layout: Layout, states: States | None = None) -> torch.Tensor:
         """x (B, T, hidden_size) → (B, T, hidden_size).

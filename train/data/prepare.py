@@ -227,9 +227,9 @@ def _begin(out: Path, plan: dict[str, Any]) -> None:
         _check_same_plan(out, plan, _read_json(out / WORK / PLAN, *plan))
     if not plan["pieces"]:
         raise ValueError("the input holds no documents")
+    write_atomically(out / WORK / PLAN, json.dumps(plan).encode())  # first: what is here is ours from now on
     for name in (TRAIN, HELD_OUT) if plan["held_out"] else (TRAIN,):
         (out / name).mkdir(exist_ok=True)
-    write_atomically(out / WORK / PLAN, json.dumps(plan).encode())
 
 
 def _read_json(path: Path, *keys: str) -> dict[str, Any]:
@@ -336,9 +336,9 @@ def _finish(out: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> dict[str, 
             why = "the input holds no usable documents" + left_out
             if name == HELD_OUT or counts.get(HELD_OUT, {}).get("documents"):
                 why = f"no document fell into {name}: choose another --held-out share or another --seed"
-            shutil.rmtree(out / WORK)  # these options lead nowhere: let others begin in this folder
-            shutil.rmtree(out / TRAIN)
+            shutil.rmtree(out / TRAIN)  # these options lead nowhere: let others begin in this folder
             shutil.rmtree(out / HELD_OUT, ignore_errors=True)
+            shutil.rmtree(out / WORK)
             raise ValueError(f"{why}{''.join(f'{chr(10)}  - {example}' for example in examples)}")
     tokenizer.save(out / "tokenizer")
     for name, entries in shards.items():

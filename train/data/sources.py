@@ -24,6 +24,9 @@ _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet"
 _COMPRESSED = {".gz", ".zst", ".xz", ".bz2"}
 
 
+Span = tuple[Path, int, int]  # a file, and the bytes [start, stop) of it
+
+
 @dataclass(frozen=True)
 class Skipped:
     """A document that is not used, and why."""
@@ -50,28 +53,18 @@ class TextFiles(Source):
     """Each file is one document, as it is: UTF-8, line ends kept. Files in another encoding are skipped."""
 
     def __init__(self, files: Sequence[Path], piece_bytes: int | None = None):
-        stats = [(path, path.stat().st_size) for path in files]
-        self.identity = _identity("text", files)
-        limit = piece_bytes or default_piece_bytes(sum(size for _, size in stats))
-        self._pieces: list[list[tuple[Path, int]]] = []
-        self.sizes = []
-        for path, size in stats:
-            if not self.sizes or self.sizes[-1] + size > limit:
-                self._pieces.append([])
-                self.sizes.append(0)
-            self._pieces[-1].append((path, size))
-            self.sizes[-1] += size
+        spans = [(path, 0, path.stat().st_size) for path in files]
+        self.identity = files_identity("text", files)
+        self._pieces = group(spans, piece_bytes or default_piece_bytes(sum(size for _, _, size in spans)))
+        self.sizes = [sum(size for _, _, size in piece) for piece in self._pieces]
 
     def documents(self, piece: int) -> Iterator[str | Skipped]:
-        for path, size in self._pieces[piece]:
+        for path, _, size in self._pieces[piece]:
             try:
                 data = path.read_bytes()
             except OSError as error:
                 raise ValueError(f"cannot read {path}: {error.strerror}") from error
-            if len(data) != size:
-                raise ValueError(
-                    f"{path} changed while it was being prepared: remove the output folder and start again"
-                )
+            check_unchanged(path, len(data), size)
             try:
                 yield data.decode() or Skipped("empty", str(path))
             except UnicodeDecodeError as error:
@@ -83,9 +76,7 @@ class Rows(Source):
 
     def __init__(self, dataset: Any, field: str, name: str, identity: dict[str, Any], piece_bytes: int | None = None):
         if field not in dataset.column_names:
-            raise ValueError(
-                f"{name} has no field {field!r}: choose one with --field out of {', '.join(dataset.column_names)}"
-            )
+            raise no_field(name, field, dataset.column_names)
         kind = getattr(dataset.features[field], "dtype", None)
         if kind not in ("string", "large_string", "string_view", "null"):
             raise ValueError(
@@ -131,7 +122,7 @@ def open_source(
         field: the column that holds the text.
         glob: which names count in folders.
         subset, split: of a hub data set.
-        cache: where JSON lines and Parquet are unpacked to; None: the cache of `datasets`. A hub data set goes there.
+        cache: where the field is unpacked to from Parquet; None: the cache of `datasets`. A hub data set goes there.
 
     Raises:
         ValueError: nothing found, files of several formats, a missing field, or unreadable files.
@@ -156,13 +147,21 @@ def open_source(
         return TextFiles(files, piece_bytes)
     for file in files:
         _check_readable(file)
-    names = f"{files[0]}" if len(files) == 1 else f"{files[0]} and {len(files) - 1} other files"
+    names = f"{files[0]}" if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     if not any(file.stat().st_size for file in files):
         raise ValueError(f"{names}: no data in there")
+    if format == "jsonl":
+        from riverrun.train.data.jsonl import JsonLines
+
+        return JsonLines(files, field, piece_bytes)
+    for file in files:
+        _check_parquet(file, field)
     paths = [str(file) for file in files]
-    builder = "json" if format == "jsonl" else "parquet"
-    dataset = _load(builder, what=names, data_files=paths, split="train", cache_dir=str(cache) if cache else None)
-    return Rows(dataset, field, names, _identity(format, files), piece_bytes)
+    dataset = _load(
+        "parquet", what=names, data_files=paths, columns=[field], split="train",
+        cache_dir=str(cache) if cache else None,
+    )  # fmt: skip
+    return Rows(dataset, field, names, files_identity(format, files), piece_bytes)
 
 
 def find_files(inputs: Sequence[str | Path], glob: str = "*") -> list[Path]:
@@ -194,7 +193,8 @@ def find_files(inputs: Sequence[str | Path], glob: str = "*") -> list[Path]:
 
 
 def draw_documents(source: Source, max_bytes: int) -> Iterator[str]:
-    """About `max_bytes` of a source, or all of it: documents drawn by their content, in order."""
+    """About `max_bytes` of a source, or all of it: documents drawn by their content, in order. The share is taken of
+    the files' sizes: of compressed files, the text is several times as long."""
     share = min(1.0, max_bytes / max(1, sum(source.sizes)))
     for piece in range(len(source.sizes)):
         for text in source.documents(piece):
@@ -210,6 +210,25 @@ def position(document: bytes, key: object) -> float:
 
 def default_piece_bytes(total: int) -> int:
     return max(MIN_PIECE_BYTES, -(-total // MAX_PIECES))
+
+
+def check_unchanged(path: Path, size: int, planned: int) -> None:
+    """The pieces were cut for a file of the planned size."""
+    if size != planned:
+        raise ValueError(f"{path} changed while it was being prepared: remove the output folder and start again")
+
+
+def group(spans: Sequence[Span], limit: int) -> list[list[Span]]:
+    """Neighbours together, up to `limit` bytes a group; a larger one stays alone."""
+    groups: list[list[Span]] = []
+    filled = 0
+    for path, start, stop in spans:
+        if not groups or filled + stop - start > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append((path, start, stop))
+        filled += stop - start
+    return groups
 
 
 def _walk(folder: Path, glob: str) -> Iterator[Path]:
@@ -231,7 +250,7 @@ def _format_of(file: Path) -> str:
     return _SUFFIXES.get(suffixes[-1], "text") if suffixes else "text"
 
 
-def _identity(format: str, files: Sequence[Path]) -> dict[str, Any]:
+def files_identity(format: str, files: Sequence[Path]) -> dict[str, Any]:
     """The files' names, sizes and times of change, in short."""
     digest, total = hashlib.sha256(), 0
     for file in files:
@@ -246,6 +265,22 @@ def _check_readable(file: Path) -> None:
         file.open("rb").close()
     except OSError as error:
         raise ValueError(f"cannot read {file}: {error.strerror}") from error
+
+
+def _check_parquet(file: Path, field: str) -> None:
+    """Each file has the field: `datasets` would only tell that they differ, and not which one."""
+    import pyarrow.parquet
+
+    try:
+        names = pyarrow.parquet.read_schema(file).names
+    except Exception as error:  # pyarrow raises several types for a damaged file
+        raise ValueError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
+    if field not in names:
+        raise no_field(str(file), field, names)
+
+
+def no_field(name: str, field: str, others: Sequence[str]) -> ValueError:
+    return ValueError(f"{name} has no field {field!r}: choose one with --field out of {', '.join(others)}")
 
 
 def _load(path: str, what: str | None = None, **options: Any) -> Any:

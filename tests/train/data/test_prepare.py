@@ -229,6 +229,19 @@ def test_a_full_disk_is_explained_and_resumed(corpus, tmp_path, monkeypatch):
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_a_disk_that_is_full_from_the_start(corpus, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stores.os, "fsync", full)
+    with pytest.raises(ValueError, match="give the same command again"):
+        prepare([corpus], out, tokenizer="bytes", **PIECES)
+    monkeypatch.undo()
+    assert prepare([corpus], out, tokenizer="bytes", **PIECES).counts["train"]["documents"]
+
+
 def test_corpora_without_documents_are_refused(tmp_path):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "empty").write_text("")
