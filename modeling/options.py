@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from riverrun.modeling.mixers.options import (
+from riverrun.modeling.mixer_options import (
     OPTIONS,
     AttentionOptions,
     GatedDeltaOptions,

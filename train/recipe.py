@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from riverrun.modeling.mixers.options import OPTIONS
+from riverrun.modeling.mixer_options import OPTIONS
 from riverrun.modeling.options import ModelOptions
 from riverrun.train.config import Recipe
 from riverrun.train.recipe_errors import Problem, dotted, explain

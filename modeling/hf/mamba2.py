@@ -15,7 +15,7 @@ from transformers.models.mamba2 import modeling_mamba2
 
 from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.hf.weights import Entry, Table, import_tensors
-from riverrun.modeling.mixers.options import Mamba2Options
+from riverrun.modeling.mixer_options import Mamba2Options
 from riverrun.modeling.options import ModelOptions
 
 ARCHITECTURE = "Mamba2ForCausalLM"

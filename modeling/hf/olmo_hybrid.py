@@ -14,7 +14,7 @@ from transformers import OlmoHybridConfig
 
 from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.hf.weights import Entry, Table, import_tensors
-from riverrun.modeling.mixers.options import AttentionOptions, GatedDeltaOptions
+from riverrun.modeling.mixer_options import AttentionOptions, GatedDeltaOptions
 from riverrun.modeling.options import ModelOptions
 
 ARCHITECTURE = "OlmoHybridForCausalLM"

@@ -1,10 +1,10 @@
 """Token mixers, one file each, behind one base class. Importing this package registers them all."""
 
+from riverrun.modeling.mixer_options import OPTIONS
 from riverrun.modeling.mixers.attention import Attention
 from riverrun.modeling.mixers.base import MIXERS, Mixer, States, register
 from riverrun.modeling.mixers.gated_delta import GatedDelta
 from riverrun.modeling.mixers.mamba2 import Mamba2
-from riverrun.modeling.mixers.options import OPTIONS
 from riverrun.modeling.mixers.para import ParaGRU, ParaLSTM
 
 __all__ = [

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from riverrun.modeling.layers import RMSNorm
 from riverrun.modeling.layout import Layout
+from riverrun.modeling.mixer_options import AttentionOptions
 from riverrun.modeling.mixers.base import Mixer, States, register
-from riverrun.modeling.mixers.options import AttentionOptions
 
 
 @register("attention")

@@ -8,8 +8,8 @@ from riverrun.kernels.gated_delta import gated_delta
 from riverrun.kernels.gated_rms_norm import gated_rms_norm
 from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, init_decay
 from riverrun.modeling.layout import Layout
+from riverrun.modeling.mixer_options import GatedDeltaOptions
 from riverrun.modeling.mixers.base import Mixer, States, register
-from riverrun.modeling.mixers.options import GatedDeltaOptions
 
 
 @register("gated_delta")

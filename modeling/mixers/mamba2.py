@@ -8,8 +8,8 @@ from riverrun.kernels.gated_rms_norm import gated_rms_norm
 from riverrun.kernels.ssd import ssd
 from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, init_decay
 from riverrun.modeling.layout import Layout
+from riverrun.modeling.mixer_options import Mamba2Options
 from riverrun.modeling.mixers.base import Mixer, States, register
-from riverrun.modeling.mixers.options import Mamba2Options
 
 
 @register("mamba2")

@@ -19,8 +19,8 @@ from riverrun.kernels.para_gru import para_gru
 from riverrun.kernels.para_lstm import para_lstm
 from riverrun.modeling.layers import RMSNorm, ShortConv, at_least_fp32
 from riverrun.modeling.layout import Layout
+from riverrun.modeling.mixer_options import ParaGRUOptions, ParaLSTMOptions
 from riverrun.modeling.mixers.base import Mixer, States, register
-from riverrun.modeling.mixers.options import ParaGRUOptions, ParaLSTMOptions
 
 
 class BlockDiagonalGates(nn.Module):

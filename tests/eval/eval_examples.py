@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from riverrun.modeling.config import RiverrunConfig
-from riverrun.modeling.mixers.options import (
+from riverrun.modeling.mixer_options import (
     AttentionOptions,
     GatedDeltaOptions,
     Mamba2Options,

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from riverrun.modeling.config import RiverrunConfig
+from riverrun.modeling.mixer_options import AttentionOptions, GatedDeltaOptions, Mamba2Options
 from riverrun.modeling.mixers import OPTIONS
-from riverrun.modeling.mixers.options import AttentionOptions, GatedDeltaOptions, Mamba2Options
 from riverrun.modeling.model import RiverrunForCausalLM
 from riverrun.modeling.options import ModelOptions
 

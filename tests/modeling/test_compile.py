@@ -5,7 +5,7 @@ import copy
 import torch
 
 from riverrun.modeling.config import RiverrunConfig
-from riverrun.modeling.mixers.options import AttentionOptions, Mamba2Options
+from riverrun.modeling.mixer_options import AttentionOptions, Mamba2Options
 from riverrun.modeling.model import RiverrunForCausalLM
 from riverrun.modeling.options import ModelOptions
 

@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from riverrun.modeling.cache import RiverrunCache
 from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.layout import Layout
-from riverrun.modeling.mixers import MIXERS
-from riverrun.modeling.mixers.options import (
+from riverrun.modeling.mixer_options import (
     AttentionOptions,
     GatedDeltaOptions,
     Mamba2Options,
     ParaGRUOptions,
     ParaLSTMOptions,
 )
+from riverrun.modeling.mixers import MIXERS
 from riverrun.modeling.model import RiverrunForCausalLM
 from riverrun.modeling.options import ModelOptions
 

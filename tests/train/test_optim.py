@@ -2,7 +2,7 @@ import torch
 from torch import nn
 
 from riverrun.modeling.config import RiverrunConfig
-from riverrun.modeling.mixers.options import AttentionOptions, GatedDeltaOptions, Mamba2Options
+from riverrun.modeling.mixer_options import AttentionOptions, GatedDeltaOptions, Mamba2Options
 from riverrun.modeling.model import RiverrunForCausalLM
 from riverrun.modeling.options import ModelOptions
 from riverrun.train import optim

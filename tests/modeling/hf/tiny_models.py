@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from riverrun.modeling.config import RiverrunConfig
-from riverrun.modeling.mixers.options import (
+from riverrun.modeling.mixer_options import (
     OPTIONS,
     AttentionOptions,
     GatedDeltaOptions,
