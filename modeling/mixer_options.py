@@ -43,7 +43,26 @@ class AttentionOptions:
 
 
 @dataclass(frozen=True)
-class Mamba2Options:
+class _DecayOptions:
+    """How the decay exp(−A · dt) starts in Mamba-2 and gated DeltaNet: A uniform, dt log-uniform with a floor."""
+
+    A_init_min: float = 1.0
+    A_init_max: float = 16.0
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    dt_floor: float = 1e-4
+
+    def decay_problems(self, mixer: str) -> list[str]:
+        found = []
+        if not 0 < self.A_init_min <= self.A_init_max:
+            found.append(f"{mixer}.A_init_min and A_init_max must satisfy 0 < min ≤ max; the paper has 1, 16")
+        if not 0 < self.dt_min <= self.dt_max:
+            found.append(f"{mixer}.dt_min and dt_max must satisfy 0 < min ≤ max; the paper has 0.001, 0.1")
+        return found
+
+
+@dataclass(frozen=True)
+class Mamba2Options(_DecayOptions):
     """Mamba-2 (Dao & Gu 2024, arXiv 2405.21060)."""
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -56,11 +75,6 @@ class Mamba2Options:
     conv_bias: bool = True
     norm_eps: float = 1e-5
     chunk_size: int = 64
-    A_init_min: float = 1.0
-    A_init_max: float = 16.0
-    dt_min: float = 1e-3
-    dt_max: float = 1e-1
-    dt_floor: float = 1e-4
 
     def resolve(self, hidden_size: int) -> "Mamba2Options":
         return self
@@ -80,17 +94,11 @@ class Mamba2Options:
                 f"mamba2.num_groups={self.num_groups} must divide the {inner // self.head_dim} heads "
                 f"(expand × hidden_size / head_dim)"
             )
-        if not 0 < self.A_init_min <= self.A_init_max:
-            found.append(
-                "mamba2.A_init_min and A_init_max must satisfy 0 < A_init_min ≤ A_init_max; the paper has 1, 16"
-            )
-        if not 0 < self.dt_min <= self.dt_max:
-            found.append("mamba2.dt_min and dt_max must satisfy 0 < min ≤ max; the paper has 0.001, 0.1")
-        return found
+        return found + self.decay_problems("mamba2")
 
 
 @dataclass(frozen=True)
-class GatedDeltaOptions:
+class GatedDeltaOptions(_DecayOptions):
     """Gated DeltaNet (arXiv 2412.06464) and, with more than one Householder step, gated DeltaProduct (2502.10297)."""
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -105,11 +113,6 @@ class GatedDeltaOptions:
     conv_kernel: int = 4
     norm_eps: float = 1e-5
     chunk_size: int = 64
-    A_init_min: float = 1.0
-    A_init_max: float = 16.0
-    dt_min: float = 1e-3
-    dt_max: float = 1e-1
-    dt_floor: float = 1e-4
 
     @property
     def value_dim(self) -> int:
@@ -124,11 +127,7 @@ class GatedDeltaOptions:
             found.append(
                 f"gated_delta.expand_v={self.expand_v} × head_dim={self.head_dim} must be a whole number of channels"
             )
-        if not 0 < self.A_init_min <= self.A_init_max:
-            found.append("gated_delta.A_init_min and A_init_max must satisfy 0 < A_init_min ≤ A_init_max")
-        if not 0 < self.dt_min <= self.dt_max:
-            found.append("gated_delta.dt_min and dt_max must satisfy 0 < dt_min ≤ dt_max")
-        return found
+        return found + self.decay_problems("gated_delta")
 
 
 @dataclass(frozen=True)
