@@ -104,7 +104,7 @@ def test_every_module_imports_from_a_wheel(tmp_path):
     code += "assert not ours, ours\n"
     empty = tmp_path / "empty"
     empty.mkdir()
-    subprocess.run([sys.executable, "-P", "-c", code], check=True, cwd=empty)
+    subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=empty)
 
 
 def test_transformers_imports_beside_our_kernels_folder():

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import deepspeed.runtime.engine  # noqa: F401 - slow to import: once, in the server
 import matplotlib.pyplot  # noqa: F401
@@ -51,13 +52,14 @@ def start(function: Callable[..., None], *args: Any, world: int = 1, log: Path) 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training_workers"])
     paths = [str(Path(__file__).parent), *filter(None, sys.path)]
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # the server's own path, where Python 3.11 does not hand it on
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [context.Process(target=_rank, args=(function, args, rank, world, port, log)) for rank in range(world)]
-    for process in processes:
-        process.start()
+    # for the server, to which Python 3.11 does not hand on the path; later tests keep their own environment
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
+        for process in processes:
+            process.start()
     return processes
 
 
