@@ -25,7 +25,7 @@ def causal_conv1d_chunked(
     T, tail = x.shape[1], weight.shape[1] - 1
     if cu_seqlens is None:
         row = torch.cat([initial_state, x], dim=1)  # (B, W - 1 + T, D)
-        return _Convolution.apply(row, weight, bias, silu), row[:, T:].contiguous()
+        return _Convolution.apply(row, weight, bias, silu).to(x.dtype), row[:, T:].contiguous()
 
     bounds = sequence_bounds(x, cu_seqlens).to(x.device)
     sequence = torch.arange(len(bounds) - 1, device=x.device)
@@ -37,12 +37,15 @@ def causal_conv1d_chunked(
     row = torch.cat([initial_state.flatten(0, 1), x[0]]).index_select(0, source)  # (S (W - 1) + T, D)
     y = _Convolution.apply(row[None], weight, bias, silu)
     # the output at a token's place stands W - 1 places earlier
-    y = y[0].index_select(0, place - tail)[None]
+    y = y[0].index_select(0, place - tail)[None].to(x.dtype)
     return y, row.index_select(0, final_place.flatten()).view(-1, tail, x.shape[2])
 
 
 class _Convolution(torch.autograd.Function):
-    """row (B, W − 1 + T, D), weight (D, W), bias (D,) → (B, T, D); keeps the row and the input of the activation."""
+    """row (B, W − 1 + T, D), weight (D, W), bias (D,) → (B, T, D) in float32 or float64.
+
+    Keeps the row and the input of the activation.
+    """
 
     @staticmethod
     def forward(
@@ -60,7 +63,8 @@ class _Convolution(torch.autograd.Function):
         ctx.has_bias = bias is not None
         ctx.silu = silu
         ctx.save_for_backward(row, weight, *([y.to(row.dtype)] if silu else []))
-        return (F.silu(y) if silu else y).to(row.dtype)
+        # rounded outside: torch 2.11 compiles a forward that ends in a conversion without effect to zero gradients
+        return F.silu(y) if silu else y
 
     @staticmethod
     @once_differentiable
@@ -68,7 +72,7 @@ class _Convolution(torch.autograd.Function):
         row, weight, *before_silu = ctx.saved_tensors  # read once: a checkpointed tensor cannot be unpacked twice
         dtype = torch.promote_types(row.dtype, torch.float32)
         T, W = grad.shape[1], weight.shape[1]
-        inputs, taps, grad = row.to(dtype), weight.to(dtype), grad.to(dtype)
+        inputs, taps = row.to(dtype), weight.to(dtype)
         if ctx.silu:
             grad = torch.ops.aten.silu_backward(grad, before_silu[0].to(dtype))
         grad_row = torch.zeros_like(inputs)
