@@ -75,16 +75,18 @@ class Cell(Protocol):
 class SolveStatistics:
     """What the forward solves of one op did since the last `take_statistics`.
 
+    A solve is judged in pieces: as a whole in torch, one row's block of channels at a time in Triton.
+
     Attributes:
-        solves: solves in parallel over time.
+        pieces: pieces that were solved in parallel over time.
         passes: the most shooting passes that one of them took.
-        change: the largest change of a state by the last pass of the solves that converged. The error that is left is
-            of second order in it.
-        fallbacks: solves that did not converge and were finished step by step.
-        sequential: calls that were evaluated step by step from the outset, because that is faster.
+        change: the largest change that the last pass of a piece that converged made to a state (in Triton: to first
+            order, would make). The error that is left is of second order in it.
+        fallbacks: pieces that did not converge and were finished step by step.
+        sequential: pieces that were evaluated step by step from the outset, because that is faster.
     """
 
-    solves: int = 0
+    pieces: int = 0
     passes: int = 0
     change: float = 0.0
     fallbacks: int = 0
@@ -92,10 +94,35 @@ class SolveStatistics:
 
 
 _statistics: dict[str, SolveStatistics] = {}
+_on_device: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+
+def statistics_of(name: str) -> SolveStatistics:
+    """The running count of an op, to be added to."""
+    return _statistics.setdefault(name, SolveStatistics())
+
+
+def statistics_on(name: str, device: torch.device) -> torch.Tensor:
+    """The part that kernels count on the device, without the host waiting: (3,) int32, the most passes, the bits of
+    the largest (float32) change, the number of fallbacks."""
+    if (name, device) not in _on_device:
+        _on_device[name, device] = torch.zeros(3, dtype=torch.int32, device=device)
+    return _on_device[name, device]
 
 
 def take_statistics() -> dict[str, SolveStatistics]:
-    """The statistics of every op that ran since the last call, by the op's name; counting starts again at zero."""
+    """The statistics of every op that ran since the last call, by the op's name; counting starts again at zero.
+
+    Waits for the device if there are Triton solves.
+    """
+    for (name, _), counts in _on_device.items():
+        passes, _, fallbacks = counts.tolist()
+        change = counts[1:2].view(torch.float32).item()
+        if name in _statistics:
+            own = _statistics[name]
+            own.passes, own.change = max(own.passes, passes), max(own.change, change)
+            own.fallbacks += fallbacks
+        counts.zero_()
     taken = dict(_statistics)
     _statistics.clear()
     return taken
@@ -163,17 +190,8 @@ def state_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def plan(
-    op: str,
-    gates: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    chunk_size: int | None,
-    tolerance: float,
-    max_passes: int,
-) -> tuple[int, int]:
-    """The chunk size and the number of passes to call an op with: those of the caller, or without a chunk size the
-    faster of shooting, in chunks of about the root of the sequence length, and stepping through time (0 passes).
-
+def check_solver(op: str, chunk_size: int | None, tolerance: float, max_passes: int) -> None:
+    """
     Raises:
         ValueError: a chunk size or a number of passes below 1, or a tolerance that is not positive.
     """
@@ -184,6 +202,13 @@ def plan(
     ]:
         if not fits:
             raise ValueError(f"{op}: {name} must be {'positive' if name == 'tolerance' else 'at least 1'}, got {value}")
+
+
+def plan(
+    gates: torch.Tensor, cu_seqlens: torch.Tensor | None, chunk_size: int | None, max_passes: int
+) -> tuple[int, int]:
+    """The chunk size and the number of passes to call an op with: those of the caller, or without a chunk size the
+    faster of shooting, in chunks of about the root of the sequence length, and stepping through time (0 passes)."""
     B, T, _, D = gates.shape
     if chunk_size is not None:
         return min(chunk_size, T), max_passes
@@ -224,7 +249,7 @@ def _solve(
         converged = change <= tolerance
         _record(name, passes, change, converged)
     else:
-        _statistics.setdefault(name, SolveStatistics()).sequential += 1
+        statistics_of(name).sequential += 1
     if not converged:
         # step through time, from the chunks on that are not exact yet
         for s in range(passes, len(chunks.active)):
@@ -300,8 +325,8 @@ def _split(chunks: Chunks, x: torch.Tensor) -> torch.Tensor:
 
 
 def _record(name: str, passes: int, change: float, converged: bool) -> None:
-    statistics = _statistics.setdefault(name, SolveStatistics())
-    statistics.solves += 1
+    statistics = statistics_of(name)
+    statistics.pieces += 1
     statistics.passes = max(statistics.passes, passes)
     if converged:
         statistics.change = max(statistics.change, change)

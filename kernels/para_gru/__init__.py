@@ -3,7 +3,7 @@
 import torch
 
 from riverrun.kernels.common.backend import check_shape, resolve_backend
-from riverrun.kernels.common.shooting import final_state, plan, state_dtype
+from riverrun.kernels.common.shooting import check_solver, final_state, plan, state_dtype
 from riverrun.kernels.para_gru.chunked import para_gru_chunked
 from riverrun.kernels.para_gru.reference import para_gru_reference
 
@@ -12,6 +12,7 @@ def para_gru(
     gates: torch.Tensor,
     weight: torch.Tensor,
     *,
+    bias: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     backend: str = "auto",
@@ -26,15 +27,17 @@ def para_gru(
     `riverrun.kernels.common.shooting.take_statistics` tells how the solves went.
 
     Args:
-        gates: (B, T, 3, D), the pre-activations u_z, u_r, u_n, bias already added.
+        gates: (B, T, 3, D), the pre-activations u_z, u_r, u_n.
         weight: (3, D), a_z, a_r, a_n.
+        bias: (3, D), added to the gates; the Triton kernel does it for nothing.
         initial_state: (S, D), zeros if None. S is the batch size, or the number of documents.
         cu_seqlens: (S + 1,) integers rising strictly from 0 to T: the bounds of documents packed into a batch of one
             row.
-        backend: "auto", "reference" or "chunked" (see `resolve_backend`).
-        chunk_size: tokens a chunk in the chunked backend; default: by measurement, which may be to step through time.
+        backend: "auto", "reference", "chunked" or "triton" (see `resolve_backend`).
+        chunk_size: tokens a chunk, at least (the Triton kernel rounds up, and takes a power of two of chunks); T steps
+            through time. Default: by measurement, as few chunks as fill the device.
         tolerance: how much the last pass may change a state for the solve to have converged.
-        max_passes: after so many, a solve that has not converged is finished step by step, with a RuntimeWarning.
+        max_passes: after so many, a solve that has not converged is finished step by step, which is exact but slow.
 
     Returns:
         h (B, T, D) in the dtype of `gates`, and the final state (S, D) in float32 (float64 if `gates` is float64).
@@ -49,13 +52,26 @@ def para_gru(
     B, T, _, D = gates.shape
     check_shape(op, "weight", weight, (3, D), "(3, D)")
     S = B if cu_seqlens is None else len(cu_seqlens) - 1
+    if initial_state is not None:
+        check_shape(op, "initial_state", initial_state, (S, D), "(S, D)")
+    check_solver(op, chunk_size, tolerance, max_passes)
+    if bias is not None:
+        check_shape(op, "bias", bias, (3, D), "(3, D)")
+    chosen = resolve_backend(op, backend, gates, T, has_triton=True)
+    if chosen == "triton":
+        from riverrun.kernels.para_gru.triton_cell import para_gru_triton
+
+        initial = None if initial_state is None else initial_state.float()[:, None]
+        h, final = para_gru_triton(gates, weight, bias, initial, cu_seqlens, chunk_size, tolerance, max_passes)
+        return h, final[:, 0]
     if initial_state is None:
         initial_state = gates.new_zeros(S, D, dtype=state_dtype(gates))
-    check_shape(op, "initial_state", initial_state, (S, D), "(S, D)")
-    chunk_size, max_passes = plan(op, gates, cu_seqlens, chunk_size, tolerance, max_passes)
     initial_state = initial_state.to(state_dtype(gates))
-    if resolve_backend(op, backend, gates, T) == "reference":
+    if bias is not None:
+        gates = (gates + bias).to(gates.dtype)
+    if chosen == "reference":
         return para_gru_reference(gates, weight, initial_state, cu_seqlens)
+    chunk_size, max_passes = plan(gates, cu_seqlens, chunk_size, max_passes)
     states = para_gru_chunked(gates, weight, initial_state[:, None], cu_seqlens, chunk_size, tolerance, max_passes)
     (h,) = states.unbind(0)
     return h.to(gates.dtype), final_state(states, cu_seqlens)[:, 0]

@@ -3,7 +3,7 @@
 import torch
 
 from riverrun.kernels.common.backend import check_shape, resolve_backend
-from riverrun.kernels.common.shooting import final_state, plan, state_dtype
+from riverrun.kernels.common.shooting import check_solver, final_state, plan, state_dtype
 from riverrun.kernels.para_lstm.chunked import para_lstm_chunked
 from riverrun.kernels.para_lstm.reference import para_lstm_reference
 
@@ -13,6 +13,7 @@ def para_lstm(
     weight: torch.Tensor,
     peephole: torch.Tensor,
     *,
+    bias: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     backend: str = "auto",
@@ -27,16 +28,18 @@ def para_lstm(
     `riverrun.kernels.common.shooting.take_statistics` tells how the solves went.
 
     Args:
-        gates: (B, T, 3, D), the pre-activations u_f, u_o, u_c, bias already added.
+        gates: (B, T, 3, D), the pre-activations u_f, u_o, u_c.
         weight: (3, D), a_f, a_o, a_c.
         peephole: (2, D), c_f, c_o.
+        bias: (3, D), added to the gates; the Triton kernel does it for nothing.
         initial_state: (S, 2, D), c and h; zeros if None. S is the batch size, or the number of documents.
         cu_seqlens: (S + 1,) integers rising strictly from 0 to T: the bounds of documents packed into a batch of one
             row.
-        backend: "auto", "reference" or "chunked" (see `resolve_backend`).
-        chunk_size: tokens a chunk in the chunked backend; default: by measurement, which may be to step through time.
+        backend: "auto", "reference", "chunked" or "triton" (see `resolve_backend`).
+        chunk_size: tokens a chunk, at least (the Triton kernel rounds up, and takes a power of two of chunks); T steps
+            through time. Default: by measurement, as few chunks as fill the device.
         tolerance: how much the last pass may change a state for the solve to have converged.
-        max_passes: after so many, a solve that has not converged is finished step by step, with a RuntimeWarning.
+        max_passes: after so many, a solve that has not converged is finished step by step, which is exact but slow.
 
     Returns:
         h (B, T, D) in the dtype of `gates`, and the final state (S, 2, D), c and h, in float32 (float64 if `gates` is
@@ -53,14 +56,26 @@ def para_lstm(
     check_shape(op, "weight", weight, (3, D), "(3, D)")
     check_shape(op, "peephole", peephole, (2, D), "(2, D)")
     S = B if cu_seqlens is None else len(cu_seqlens) - 1
+    if initial_state is not None:
+        check_shape(op, "initial_state", initial_state, (S, 2, D), "(S, 2, D)")
+    check_solver(op, chunk_size, tolerance, max_passes)
+    if bias is not None:
+        check_shape(op, "bias", bias, (3, D), "(3, D)")
+    chosen = resolve_backend(op, backend, gates, T, has_triton=True)
+    weights = torch.cat([weight, peephole.to(weight.dtype)])
+    if chosen == "triton":
+        from riverrun.kernels.para_lstm.triton_cell import para_lstm_triton
+
+        initial = None if initial_state is None else initial_state.float()
+        return para_lstm_triton(gates, weights, bias, initial, cu_seqlens, chunk_size, tolerance, max_passes)
     if initial_state is None:
         initial_state = gates.new_zeros(S, 2, D, dtype=state_dtype(gates))
-    check_shape(op, "initial_state", initial_state, (S, 2, D), "(S, 2, D)")
-    chunk_size, max_passes = plan(op, gates, cu_seqlens, chunk_size, tolerance, max_passes)
     initial_state = initial_state.to(state_dtype(gates))
-    if resolve_backend(op, backend, gates, T) == "reference":
+    if bias is not None:
+        gates = (gates + bias).to(gates.dtype)
+    if chosen == "reference":
         return para_lstm_reference(gates, weight, peephole, initial_state, cu_seqlens)
-    weights = torch.cat([weight, peephole.to(weight.dtype)])
+    chunk_size, max_passes = plan(gates, cu_seqlens, chunk_size, max_passes)
     states = para_lstm_chunked(gates, weights, initial_state, cu_seqlens, chunk_size, tolerance, max_passes)
     _, h = states.unbind(0)
     return h.to(gates.dtype), final_state(states, cu_seqlens)

@@ -154,7 +154,7 @@ def test_stepping_through_time_is_chosen_for_many_lanes(op):
     inputs = make_inputs(op, 2, 40)
     assert_equals_reference(op, inputs)
     statistics = take_statistics()[op]
-    assert statistics.sequential == 0 and statistics.solves == 1
+    assert statistics.sequential == 0 and statistics.pieces == 1
 
 
 @both
@@ -162,7 +162,7 @@ def test_contractive_weights_converge_in_few_passes(op):
     inputs = make_inputs(op, 2, 256, dtype=torch.float32)
     run(op, inputs, chunk_size=16, backend="chunked")
     statistics = take_statistics()[op]
-    assert statistics.solves == 1 and statistics.fallbacks == 0
+    assert statistics.pieces == 1 and statistics.fallbacks == 0
     assert 2 <= statistics.passes <= 4 and statistics.change <= 1e-5
     assert take_statistics() == {}
 
@@ -189,7 +189,7 @@ def test_unconverged_solves_are_finished_step_by_step(op, max_passes, packed):
     with pytest.warns(RuntimeWarning, match=f"{op}: shooting did not converge"):
         run(op, inputs, cu_seqlens=cu_seqlens, **options)
     statistics = take_statistics()[op]
-    assert (statistics.solves, statistics.fallbacks, statistics.passes) == (1, 1, max_passes)
+    assert (statistics.pieces, statistics.fallbacks, statistics.passes) == (1, 1, max_passes)
     assert_equals_reference(op, inputs, cu_seqlens, **options)
 
 

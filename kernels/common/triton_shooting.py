@@ -1,0 +1,256 @@
+"""The Triton solver of nonlinear recurrences without mixing of channels as torch operators: launches, gradients,
+statistics. The method is told in `triton_solve.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from riverrun.kernels.common.shooting import NAMESPACE, statistics_of, statistics_on
+from riverrun.kernels.common.triton_documents import document_starts
+from riverrun.kernels.common.triton_solve import backward_kernel, forward_kernel
+
+STEPS = 8  # tokens between checkpoints; what the backward kernel loads, recomputes and goes back through as a group
+FORWARD_STEPS, FORWARD_AHEAD = 4, 3  # tokens that are loaded as a group, and groups loaded ahead. The time that Triton
+# takes to compile a kernel rises faster than the square of the group.
+BURN_IN = 64  # tokens
+FULL, OVERFULL = 480, 1000  # lanes a multiprocessor: when chunks are not needed, and when there are enough of them
+SHORTEST_CHUNK = 128  # tokens; below, the burn-in costs more than the parallelism gains
+FORWARD_LANES_PER_THREAD, BACKWARD_LANES_PER_THREAD = 2, 1
+MAX_LANES = 512  # of a program
+BACKWARD_PASSES = 2  # it is linear: the second is from exact starts
+
+
+@dataclass(frozen=True)
+class TritonCell:
+    """A cell's functions for the kernels (see `para_gru/triton_cell.py`), and how many states, gates and weights."""
+
+    num_states: int
+    num_gates: int
+    num_weights: int
+    activate: Any
+    new_state: Any
+    jacobian: Any
+    gradients: Any
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How B rows of T tokens and D channels are cut: `chunks` of `length` tokens, `block` channels a program."""
+
+    chunks: int
+    length: int
+    burn_in: int
+    block: int
+
+    @classmethod
+    def of(cls, B: int, T: int, D: int, chunk_size: int | None, multiprocessors: int) -> "Launch":
+        """Without a chunk size: as few chunks as fill the device."""
+        block = min(64, triton.next_power_of_2(D))
+        while block > 16 and B * triton.cdiv(D, block) < multiprocessors:
+            block //= 2
+        lanes = B * D
+        if chunk_size is not None:
+            chunks = triton.next_power_of_2(triton.cdiv(T, max(chunk_size, STEPS)))
+        elif lanes >= FULL * multiprocessors:
+            chunks = 1
+        else:
+            enough = max(1, min(OVERFULL * multiprocessors // lanes, T // SHORTEST_CHUNK))
+            chunks = 1 << (enough.bit_length() - 1)  # the power of two below
+        chunks = min(chunks, MAX_LANES // block)
+        length = triton.cdiv(triton.cdiv(T, chunks), STEPS) * STEPS
+        return cls(chunks, length, min(BURN_IN, length) if chunks > 1 else 0, block)
+
+    def exchange(self, like: torch.Tensor, programs: int, K: int) -> torch.Tensor:
+        """What the kernels' `exchange` points to."""
+        return like.new_empty(programs * (K + K * K) * self.chunks * self.block if self.chunks > 1 else 0)
+
+    def options(self, T: int, D: int, lanes_per_thread: int) -> dict[str, Any]:
+        lanes = self.chunks * self.block
+        return {
+            "C": self.chunks,
+            "BD": self.block,
+            "EVEN": self.chunks * self.length == T and D % self.block == 0,
+            "num_warps": min(16, max(1, lanes // (32 * lanes_per_thread))),
+        }
+
+
+def _multiprocessors(x: torch.Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
+
+
+def _groups(T: int) -> int:
+    return triton.cdiv(T, STEPS)
+
+
+def solve(
+    name: str,
+    cell: TritonCell,
+    gates: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    initial: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    chunk_size: int | None,
+    tolerance: float,
+    max_passes: int,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """→ h (B, T, D), final state (S, K, D), checkpoints (B, ⌈T / STEPS⌉, K, D), which are empty unless `save`."""
+    B, T, G, D = gates.shape
+    K, packed = cell.num_states, cu_seqlens is not None
+    launch = Launch.of(B, T, D, chunk_size, _multiprocessors(gates))
+    words, documents = (gates, gates) if cu_seqlens is None else document_starts(cu_seqlens, T, FORWARD_STEPS)
+    h = gates.new_empty(B, T, D)
+    final = gates.new_empty(len(cu_seqlens) - 1 if cu_seqlens is not None else B, K, D, dtype=torch.float32)
+    checkpoints = final.new_empty((B, _groups(T), K, D) if save else 0)
+    pieces = B * triton.cdiv(D, launch.block)
+    if launch.chunks > 1:
+        statistics_of(name).pieces += pieces
+    else:
+        statistics_of(name).sequential += pieces
+    forward_kernel[(pieces,)](
+        gates, weight, weight if bias is None else bias, final if initial is None else initial,
+        words, documents, h, checkpoints, final,
+        launch.exchange(final, pieces, K), statistics_on(name, gates.device),
+        T, launch.length, launch.burn_in, max_passes, tolerance,
+        ACTIVATE=cell.activate, NEW_STATE=cell.new_state, JACOBIAN=cell.jacobian,
+        D=D, G=G, K=K, P=cell.num_weights,
+        HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None, PACKED=packed, SAVE=save,
+        U=FORWARD_STEPS, AHEAD=FORWARD_AHEAD, V=STEPS, **launch.options(T, D, FORWARD_LANES_PER_THREAD),
+    )  # fmt: skip
+    return h, final, checkpoints
+
+
+def solve_backward(
+    cell: TritonCell,
+    grad_h: torch.Tensor,
+    grad_final: torch.Tensor | None,
+    gates: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    initial: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    checkpoints: torch.Tensor,
+    chunk_size: int | None,
+    tolerance: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """→ the gradients of the gates, of weight and bias (P + G, D) and of the initial state (empty if there is none),
+    the last two in float32."""
+    B, T, G, D = gates.shape
+    K, P = cell.num_states, cell.num_weights
+    launch = Launch.of(B, T, D, chunk_size, _multiprocessors(gates))
+    words, documents = (gates, gates) if cu_seqlens is None else document_starts(cu_seqlens, T, STEPS)
+    grad_gates = torch.empty_like(gates)
+    shares = checkpoints.new_empty(B, P + G, D)
+    grad_initial = checkpoints.new_empty(0 if initial is None else initial.shape)
+    pieces = B * triton.cdiv(D, launch.block)
+    backward_kernel[(pieces,)](
+        grad_h, shares if grad_final is None else grad_final, gates, weight, weight if bias is None else bias,
+        shares if initial is None else initial, words, documents, checkpoints, grad_gates, shares, grad_initial,
+        launch.exchange(shares, pieces, K),
+        T, launch.length, launch.burn_in, BACKWARD_PASSES, tolerance,
+        ACTIVATE=cell.activate, NEW_STATE=cell.new_state, JACOBIAN=cell.jacobian, GRADIENTS=cell.gradients,
+        D=D, G=G, K=K, P=P,
+        HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None, HAS_FINAL=grad_final is not None,
+        PACKED=cu_seqlens is not None, U=STEPS,
+        **launch.options(T, D, BACKWARD_LANES_PER_THREAD),
+    )  # fmt: skip
+    return grad_gates, shares.sum(0), grad_initial
+
+
+def define_triton_op(name: str, cell: TritonCell) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Register the solver of `cell` as a torch operator with a gradient, opaque to torch.compile.
+
+    `(gates (B, T, G, D), weight (P, D), bias (G, D), initial_state (S, K, D), cu_seqlens, chunk_size, tolerance,
+    max_passes) → h (B, T, D), final state (S, K, D) float32`; bias, initial_state and cu_seqlens may be None. The gates
+    may be float32, bfloat16 or float16; h has their type, arithmetic is float32.
+    """
+
+    @torch.library.custom_op(f"{NAMESPACE}::{name}_triton", mutates_args=())
+    def forward(
+        gates: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        initial: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        chunk_size: int | None,
+        tolerance: float,
+        max_passes: int,
+        save: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return solve(name, cell, gates, weight, bias, initial, cu_seqlens, chunk_size, tolerance, max_passes, save)
+
+    @forward.register_fake
+    def _(gates, weight, bias, initial, cu_seqlens, chunk_size, tolerance, max_passes, save):
+        B, T, _, D = gates.shape
+        S = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        final = gates.new_empty(S, cell.num_states, D, dtype=torch.float32)
+        return gates.new_empty(B, T, D), final, final.new_empty((B, _groups(T), cell.num_states, D) if save else 0)
+
+    @torch.library.custom_op(f"{NAMESPACE}::{name}_triton_backward", mutates_args=())
+    def backward(
+        grad_h: torch.Tensor,
+        grad_final: torch.Tensor | None,
+        gates: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        initial: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        checkpoints: torch.Tensor,
+        chunk_size: int | None,
+        tolerance: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return solve_backward(
+            cell, grad_h, grad_final, gates, weight, bias, initial, cu_seqlens, checkpoints, chunk_size, tolerance
+        )
+
+    @backward.register_fake
+    def _(grad_h, grad_final, gates, weight, bias, initial, cu_seqlens, checkpoints, chunk_size, tolerance):
+        rows = weight.shape[0] + gates.shape[2]
+        new = checkpoints.new_empty
+        return torch.empty_like(gates), new(rows, gates.shape[3]), new(0 if initial is None else initial.shape)
+
+    def setup_context(ctx, inputs, output):
+        gates, weight, bias, initial, cu_seqlens, ctx.chunk_size, ctx.tolerance, _, save = inputs
+        assert save, "called without checkpoints, but a gradient is wanted"
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gates, weight, bias, initial, cu_seqlens, output[2])
+
+    def gradient(ctx, grad_h, grad_final, _):
+        gates, weight, bias, initial, cu_seqlens, checkpoints = ctx.saved_tensors
+        B, T, _, D = gates.shape
+        grad_h = gates.new_zeros(B, T, D) if grad_h is None else grad_h.contiguous()
+        grad_final = None if grad_final is None else grad_final.contiguous()
+        grad_gates, shares, grad_initial = backward(
+            grad_h, grad_final, gates, weight, bias, initial, cu_seqlens, checkpoints, ctx.chunk_size, ctx.tolerance
+        )
+        grad_weight, grad_bias = shares.split([cell.num_weights, cell.num_gates])
+        return (
+            grad_gates,
+            grad_weight.to(weight.dtype),
+            None if bias is None else grad_bias.to(bias.dtype),
+            None if initial is None else grad_initial,
+            *(None,) * 5,
+        )
+
+    forward.register_autograd(gradient, setup_context=setup_context)
+
+    def call(
+        gates: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        initial: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        chunk_size: int | None,
+        tolerance: float,
+        max_passes: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        tensors = [x if x is None else x.contiguous() for x in (gates, weight, bias, initial, cu_seqlens)]
+        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        return forward(*tensors, chunk_size, tolerance, max_passes, save)[:2]
+
+    return call
