@@ -227,8 +227,11 @@ class Trainer:
         return self.step % every == 0 or self.step == self.recipe.train.steps
 
     def _record(self) -> None:
+        self.window.add_solves()
         loss, window = self.window.loss(), self.window
         self.window = metrics.Window()
+        # every rank has the same layers, so that all of them take part or none does
+        solves = metrics.merge_solves(*self.ranks.gather(window.solves)) if window.solves else {}
         if not self.first:
             return
         speed = self.clock.tokens_per_second()
@@ -247,6 +250,7 @@ class Trainer:
                 "mfu": device_speed * self.flops_per_token / self.peak_flops if self.peak_flops else None,
                 "memory_gib": metrics.peak_memory_gib(self.ranks.device),
                 "skipped": window.skipped,
+                **metrics.solver_metrics(solves),
             }
         )
 
@@ -282,6 +286,7 @@ class Trainer:
 
     def _save(self) -> None:
         """A checkpoint. If it cannot be written, training goes on: earlier checkpoints are untouched."""
+        self.window.add_solves()
         with self.clock.paused():
             state = {
                 "step": self.step,

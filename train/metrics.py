@@ -5,12 +5,13 @@ import math
 import os
 import resource
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from riverrun.kernels.common.shooting import SolveStatistics, take_statistics
 from riverrun.train.config import LogConfig
 
 # dense bf16 peak of one device in FLOP/s, from the makers' data sheets; the first name that fits counts
@@ -59,6 +60,7 @@ class Window:
     cross_entropy: float = 0.0
     targets: float = 0.0
     skipped: int = 0
+    solves: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the nonlinear recurrences, by op
 
     def add(self, cross_entropy: float, targets: float, skipped: bool) -> None:
         """One step; the loss of a skipped one says nothing and is left out."""
@@ -67,9 +69,37 @@ class Window:
             self.cross_entropy += cross_entropy
             self.targets += targets
 
+    def add_solves(self) -> None:
+        """What the solvers counted since the last call."""
+        taken = {op: vars(statistics) for op, statistics in take_statistics().items()}
+        self.solves = merge_solves(self.solves, taken)
+
     def loss(self) -> float | None:
         """Nats per token; None if every step was skipped."""
         return self.cross_entropy / self.targets if self.targets else None
+
+
+def merge_solves(*parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The sum of some windows' `solves`."""
+    merged: dict[str, SolveStatistics] = {}
+    for part in parts:
+        for op, values in part.items():
+            merged[op] = merged.get(op, SolveStatistics()) + SolveStatistics(**values)
+    return {op: vars(statistics) for op, statistics in merged.items()}
+
+
+def solver_metrics(solves: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """For each nonlinear recurrence that was solved in parallel over time: the most passes that a solve took, the
+    largest change that the last pass of a converged one would have made, and the share that had to be finished step by
+    step."""
+    found: dict[str, float] = {}
+    for op, values in solves.items():
+        statistics = SolveStatistics(**values)
+        if statistics.pieces:
+            found[f"{op}_passes"] = statistics.passes
+            found[f"{op}_change"] = statistics.change
+            found[f"{op}_fallbacks"] = statistics.fallbacks / statistics.pieces
+    return found
 
 
 class MetricsFile:

@@ -51,5 +51,8 @@ def _readable(record: dict[str, Any]) -> list[tuple[str, str]]:
         "mfu": ("MFU", "{:.1%}"),
         "memory_gib": ("memory", "{:.1f} GiB"),
     }
+    for op in ("para_gru", "para_lstm"):  # exact, but slow: to be seen at once
+        if record.get(f"{op}_fallbacks"):
+            form[f"{op}_fallbacks"] = (f"{op} solved step by step", "{:.1%}")
     shown = [(name, text.format(record[key])) for key, (name, text) in form.items() if record.get(key) is not None]
     return shown + ([("skipped", str(record["skipped"]))] if record.get("skipped") else [])

@@ -92,6 +92,15 @@ class SolveStatistics:
     fallbacks: int = 0
     sequential: int = 0
 
+    def __add__(self, other: "SolveStatistics") -> "SolveStatistics":
+        return SolveStatistics(
+            self.pieces + other.pieces,
+            max(self.passes, other.passes),
+            max(self.change, other.change),
+            self.fallbacks + other.fallbacks,
+            self.sequential + other.sequential,
+        )
+
 
 _statistics: dict[str, SolveStatistics] = {}
 _on_device: dict[tuple[str, torch.device], torch.Tensor] = {}
@@ -119,9 +128,7 @@ def take_statistics() -> dict[str, SolveStatistics]:
         passes, _, fallbacks = counts.tolist()
         change = counts[1:2].view(torch.float32).item()
         if name in _statistics:
-            own = _statistics[name]
-            own.passes, own.change = max(own.passes, passes), max(own.change, change)
-            own.fallbacks += fallbacks
+            _statistics[name] += SolveStatistics(0, passes, change, fallbacks)
         counts.zero_()
     taken = dict(_statistics)
     _statistics.clear()

@@ -13,8 +13,9 @@ from abc import abstractmethod
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from riverrun.kernels.block_linear import block_linear
+from riverrun.kernels.gated_rms_norm import gated_rms_norm
 from riverrun.kernels.para_gru import para_gru
 from riverrun.kernels.para_lstm import para_lstm
 from riverrun.modeling.layers import RMSNorm, ShortConv, at_least_fp32
@@ -38,11 +39,8 @@ class BlockDiagonalGates(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        H, D_in, _, D_out = self.weight.shape
-        B, T, _ = x.shape
-        x = x.view(B * T, H, D_in).transpose(0, 1)  # (H, B·T, D_in)
-        gates = torch.bmm(x, self.weight.flatten(2))  # (H, B·T, 3·D_out)
-        return gates.view(H, B, T, 3, D_out).permute(1, 2, 3, 0, 4).flatten(3) + self.bias
+        """Without the bias, which the cell adds."""
+        return block_linear(x, self.weight)
 
 
 class _ParaMixer(Mixer):
@@ -69,7 +67,8 @@ class _ParaMixer(Mixer):
         h, state = self.cell(self.gates(u), initial, layout.cu_seqlens)
         if states is not None:
             states["cell"] = layout.last(state)
-        return layout.unflatten(self.o_proj(self.norm(h) * F.silu(self.z_proj(hidden))))
+        y = gated_rms_norm(h, self.z_proj(hidden), self.norm.weight, eps=self.norm.eps, norm_before_gate=True)
+        return layout.unflatten(self.o_proj(y))
 
     def bounded(self, weight: torch.Tensor) -> torch.Tensor:
         bound = self.options.max_recurrent_weight
@@ -91,8 +90,8 @@ class ParaGRU(_ParaMixer):
 
     def cell(self, gates, state, cu_seqlens):
         return para_gru(
-            gates, self.bounded(self.recurrent_weight), initial_state=state, cu_seqlens=cu_seqlens,
-            tolerance=self.options.tolerance,
+            gates, self.bounded(self.recurrent_weight), bias=self.gates.bias, initial_state=state,
+            cu_seqlens=cu_seqlens, tolerance=self.options.tolerance,
         )  # fmt: skip
 
     def mixing_flops(self, seq_len: int) -> float:
@@ -112,8 +111,8 @@ class ParaLSTM(_ParaMixer):
 
     def cell(self, gates, state, cu_seqlens):
         return para_lstm(
-            gates, self.bounded(self.recurrent_weight), self.bounded(self.peephole), initial_state=state,
-            cu_seqlens=cu_seqlens, tolerance=self.options.tolerance,
+            gates, self.bounded(self.recurrent_weight), self.bounded(self.peephole), bias=self.gates.bias,
+            initial_state=state, cu_seqlens=cu_seqlens, tolerance=self.options.tolerance,
         )  # fmt: skip
 
     def reset_parameters(self) -> None:

@@ -30,6 +30,24 @@ def test_the_window_weighs_by_targets_and_leaves_skipped_steps_out():
     assert metrics.Window(**json.loads(json.dumps(vars(window)))) == window
 
 
+def test_the_window_adds_up_what_the_solvers_did():
+    from riverrun.kernels.common.shooting import take_statistics
+    from riverrun.kernels.para_gru import para_gru
+
+    take_statistics()
+    window = metrics.Window()
+    gates, weight = torch.randn(1, 64, 3, 2), torch.full((3, 2), 0.5)
+    para_gru(gates, weight, backend="chunked", chunk_size=16)
+    window.add_solves()
+    with pytest.warns(RuntimeWarning, match="did not converge"):
+        para_gru(gates / 10, weight * 8, backend="chunked", chunk_size=16, max_passes=1)
+    window.add_solves()
+    assert metrics.Window(**json.loads(json.dumps(vars(window)))) == window
+    found = metrics.solver_metrics(metrics.merge_solves(window.solves, window.solves))
+    assert found["para_gru_fallbacks"] == 0.5 and found["para_gru_passes"] >= 2 and 0 <= found["para_gru_change"] < 1e-5
+    assert metrics.solver_metrics(metrics.Window().solves) == {}
+
+
 def test_bits_per_byte():
     assert metrics.bits_per_byte(math.log(256), 1.0) == pytest.approx(8)
     assert metrics.bits_per_byte(math.log(16), 4.0) == pytest.approx(1)
