@@ -13,9 +13,8 @@ from riverrun.kernels.common.shooting import NAMESPACE, statistics_of, statistic
 from riverrun.kernels.common.triton_documents import document_starts
 from riverrun.kernels.common.triton_solve import backward_kernel, forward_kernel
 
-STEPS = 8  # tokens between checkpoints; what the backward kernel loads, recomputes and goes back through as a group
-FORWARD_STEPS, FORWARD_AHEAD = 4, 3  # tokens that are loaded as a group, and groups loaded ahead. The time that Triton
-# takes to compile a kernel rises faster than the square of the group.
+STEPS = 8  # tokens that are loaded ahead as a group, and between checkpoints. The time that Triton takes to compile a
+# kernel rises faster than the square.
 BURN_IN = 64  # tokens
 FULL, OVERFULL = 480, 1000  # lanes a multiprocessor: when chunks are not needed, and when there are enough of them
 SHORTEST_CHUNK = 128  # tokens; below, the burn-in costs more than the parallelism gains
@@ -73,6 +72,7 @@ class Launch:
         return {
             "C": self.chunks,
             "BD": self.block,
+            "U": STEPS,
             "EVEN": self.chunks * self.length == T and D % self.block == 0,
             "num_warps": min(16, max(1, lanes // (32 * lanes_per_thread))),
         }
@@ -103,7 +103,7 @@ def solve(
     B, T, G, D = gates.shape
     K, packed = cell.num_states, cu_seqlens is not None
     launch = Launch.of(B, T, D, chunk_size, _multiprocessors(gates))
-    words, documents = (gates, gates) if cu_seqlens is None else document_starts(cu_seqlens, T, FORWARD_STEPS)
+    words, documents = (gates, gates) if cu_seqlens is None else document_starts(cu_seqlens, T, STEPS)
     h = gates.new_empty(B, T, D)
     final = gates.new_empty(len(cu_seqlens) - 1 if cu_seqlens is not None else B, K, D, dtype=torch.float32)
     checkpoints = final.new_empty((B, _groups(T), K, D) if save else 0)
@@ -120,7 +120,7 @@ def solve(
         ACTIVATE=cell.activate, NEW_STATE=cell.new_state, JACOBIAN=cell.jacobian,
         D=D, G=G, K=K, P=cell.num_weights,
         HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None, PACKED=packed, SAVE=save,
-        U=FORWARD_STEPS, AHEAD=FORWARD_AHEAD, V=STEPS, **launch.options(T, D, FORWARD_LANES_PER_THREAD),
+        **launch.options(T, D, FORWARD_LANES_PER_THREAD),
     )  # fmt: skip
     return h, final, checkpoints
 
@@ -156,7 +156,7 @@ def solve_backward(
         ACTIVATE=cell.activate, NEW_STATE=cell.new_state, JACOBIAN=cell.jacobian, GRADIENTS=cell.gradients,
         D=D, G=G, K=K, P=P,
         HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None, HAS_FINAL=grad_final is not None,
-        PACKED=cu_seqlens is not None, U=STEPS,
+        PACKED=cu_seqlens is not None,
         **launch.options(T, D, BACKWARD_LANES_PER_THREAD),
     )  # fmt: skip
     return grad_gates, shares.sum(0), grad_initial

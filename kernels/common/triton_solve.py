@@ -53,12 +53,9 @@ def _load_rows(p, mask, D: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _load_group(queue, p, left, D: tl.constexpr, G: tl.constexpr, U: tl.constexpr, EVEN: tl.constexpr):
-    """Take the U tokens at the head off the queue, and add U tokens, G rows each in their own dtype, of lanes that have
-    `left` tokens left."""
+def _load_group(p, left, D: tl.constexpr, G: tl.constexpr, U: tl.constexpr, EVEN: tl.constexpr):
+    """G rows each of U tokens, in their own dtype, in lanes that have `left` tokens left."""
     out = ()
-    for i in tl.static_range(U * G, len(queue)):
-        out = out + (queue[i],)
     for j in tl.static_range(U):
         for i in tl.static_range(G):
             out = out + (tl.load(p + (j * G + i) * D, mask=left > (0 if EVEN else j), other=0.0),)
@@ -105,13 +102,13 @@ def forward_kernel(
     words,
     documents,  # of packed rows: see `document_starts`
     h,  # (B, T, D)
-    checkpoints,  # (B, ⌈T / V⌉, K, D) float32: the states before every V-th token
+    checkpoints,  # (B, ⌈T / U⌉, K, D) float32: the states before every group of U tokens
     final,  # (S, K, D) float32
     exchange,  # (programs, K + K², C, BD) float32: what lanes tell each other
     statistics,  # (3,) int32: see `statistics_on`
     T,
-    L,  # multiple of V
-    burn_in,  # multiple of V, at most L
+    L,  # multiple of U
+    burn_in,  # multiple of U, at most L
     max_passes,
     tolerance,
     ACTIVATE: tl.constexpr,
@@ -124,8 +121,6 @@ def forward_kernel(
     C: tl.constexpr,
     BD: tl.constexpr,
     U: tl.constexpr,
-    AHEAD: tl.constexpr,  # groups of U tokens that are loaded ahead
-    V: tl.constexpr,  # tokens between checkpoints, a multiple of U
     HAS_BIAS: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     PACKED: tl.constexpr,
@@ -149,7 +144,7 @@ def forward_kernel(
     token = row.to(tl.int64) * L  # the first of each chunk
     p_gates = gates + (b * T + token) * (G * D) + d
     p_h = h + (b * T + token) * D + d
-    p_check = checkpoints + (b * tl.cdiv(T, V) + token // V) * (K * D) + d
+    p_check = checkpoints + (b * tl.cdiv(T, U) + token // U) * (K * D) + d
     after = T - token  # tokens from the chunk's start to the end of the row
 
     end = zeros(nothing, K)
@@ -161,56 +156,52 @@ def forward_kernel(
         state = zeros(nothing, K)
         A = identity(nothing, K)
         m = nothing + 1.0
-        queue = zeros(nothing.to(gates.dtype.element_ty), AHEAD * U * G)
-        # the first groups only fill the queue
-        for i in range(first - AHEAD * U, L, U):
+        following = zeros(nothing.to(gates.dtype.element_ty), U * G)
+        for i in range(first - U, L, U):  # the first time round, only to load the first group
             at = tl.cast(i, tl.int64)
-            if i == first:
-                state = zeros(nothing, K)
             if i == 0:
                 start = select((row == 0) | (p > 0), start, state)
                 state = start
                 A = identity(nothing, K)
                 m = nothing + 1.0
-            group = queue
-            ahead = at + AHEAD * U
-            left = tl.where(active & (token + ahead >= 0) & (ahead < L), after - ahead, 0)
-            queue = _load_group(queue, p_gates + ahead * (G * D), left, D, G, U, EVEN)
-            left = tl.where(active & (token + at >= 0), after - at, 0)
-            stored = tl.where(at >= 0, left, 0)
-            if SAVE:
-                if i % V == 0:
+            group = following
+            left = tl.where(active & (token + at + U >= 0) & (at + U < L), after - at - U, 0)
+            following = _load_group(p_gates + (at + U) * (G * D), left, D, G, U, EVEN)
+            if i >= first:  # a block of its own, so that the compiler leaves the loads before it
+                left = tl.where(active & (token + at >= 0), after - at, 0)
+                stored = tl.where(at >= 0, left, 0)
+                if SAVE:
                     for k in tl.static_range(K):
-                        tl.store(p_check + (at // V * K + k) * D, state[k], mask=stored > 0)
-            if PACKED:
-                inside = (token + at >= 0) & (after - at > 0)
-                word = tl.load(words + (token + at) // U, mask=inside, other=0)
-                document = tl.load(documents + (token + at) // U, mask=inside, other=0)
-            for j in tl.static_range(U):
-                within = left > (0 if EVEN else j)
+                        tl.store(p_check + (at // U * K + k) * D, state[k], mask=stored > 0)
                 if PACKED:
-                    starts = ((word >> j) & 1) != 0
-                    if HAS_INITIAL:
-                        fresh = _load_rows(initial + document.to(tl.int64) * (K * D) + d, starts & within, D, K)
-                    else:
-                        fresh = zeros(nothing, K)
-                    state = select(starts, fresh, state)
-                    document += (word >> j) & 1
-                kept = ACTIVATE(state, _token(group, w_bias, j, G), w)
-                if C > 1:
-                    J = multiply(JACOBIAN(kept, w), A, K)
+                    inside = (token + at >= 0) & (after - at > 0)
+                    word = tl.load(words + (token + at) // U, mask=inside, other=0)
+                    document = tl.load(documents + (token + at) // U, mask=inside, other=0)
+                for j in tl.static_range(U):
+                    within = left > (0 if EVEN else j)
                     if PACKED:
-                        J = keep(((word >> j) & 1) == 0, J)
-                    A = J if EVEN else select(within, J, A)
-                    m = tl.maximum(m, largest(A))
-                state = NEW_STATE(kept) if EVEN else select(within, NEW_STATE(kept), state)
-                h_j = state[K - 1].to(h.dtype.element_ty)
-                tl.store(p_h + (at + j) * D, h_j, mask=stored > (0 if EVEN else j))
-                if PACKED:
-                    ends = ((word >> (j + 1)) & 1) != 0
-                    p_final = final + (document - 1).to(tl.int64) * (K * D) + d
-                    for k in tl.static_range(K):
-                        tl.store(p_final + k * D, state[k], mask=ends & (stored > (0 if EVEN else j)))
+                        starts = ((word >> j) & 1) != 0
+                        if HAS_INITIAL:
+                            fresh = _load_rows(initial + document.to(tl.int64) * (K * D) + d, starts & within, D, K)
+                        else:
+                            fresh = zeros(nothing, K)
+                        state = select(starts, fresh, state)
+                        document += (word >> j) & 1
+                    kept = ACTIVATE(state, _token(group, w_bias, j, G), w)
+                    if C > 1:
+                        J = multiply(JACOBIAN(kept, w), A, K)
+                        if PACKED:
+                            J = keep(((word >> j) & 1) == 0, J)
+                        A = J if EVEN else select(within, J, A)
+                        m = tl.maximum(m, largest(A))
+                    state = NEW_STATE(kept) if EVEN else select(within, NEW_STATE(kept), state)
+                    h_j = state[K - 1].to(h.dtype.element_ty)
+                    tl.store(p_h + (at + j) * D, h_j, mask=stored > (0 if EVEN else j))
+                    if PACKED:
+                        ends = ((word >> (j + 1)) & 1) != 0
+                        p_final = final + (document - 1).to(tl.int64) * (K * D) + d
+                        for k in tl.static_range(K):
+                            tl.store(p_final + k * D, state[k], mask=ends & (stored > (0 if EVEN else j)))
         end = select(active, state, end)
         p += 1
         if C > 1:
@@ -300,13 +291,11 @@ def backward_kernel(
         m = nothing + 1.0
         biggest = nothing
         shares = zeros(nothing, P + G)
-        u_queue = zeros(nothing.to(gates.dtype.element_ty), U * G)
-        g_queue = zeros(nothing.to(grad_h.dtype.element_ty), U)
-        following = zeros(nothing, K)
+        u_following = zeros(nothing.to(gates.dtype.element_ty), U * G)
+        g_following = zeros(nothing.to(grad_h.dtype.element_ty), U)
+        check_following = zeros(nothing, K)
         for i in range(first - U, L, U):  # i tokens before the chunk's end
             at = tl.cast(i, tl.int64)
-            if i == first:
-                carry = zeros(nothing, K)
             if i == 0:
                 start = keep((row > 0) | (p > 0), select(p > 0, start, carry))
                 carry = start
@@ -314,76 +303,77 @@ def backward_kernel(
                 m = nothing + 1.0
                 biggest = nothing
                 shares = zeros(nothing, P + G)
-            u_group = u_queue
-            g_group = g_queue
-            state = following
+            u_group = u_following
+            g_group = g_following
+            state = check_following
             ahead = tl.where(active & (at + U < L), after + at + U, 0)
-            u_queue = _load_group(u_queue, p_gates - (at + U) * (G * D), ahead, D, G, U, EVEN)
-            g_queue = _load_group(g_queue, p_grad - (at + U) * D, ahead, D, 1, U, EVEN)
-            following = _load_rows(p_check - (at + U) // U * (K * D), ahead > 0, D, K)
-            left = tl.where(active, after + at, 0)
-            stored = tl.where(at >= 0, left, 0)
-            t = group_of - at
-            if PACKED:
-                inside = (t + token >= 0) & (t < T)
-                word = tl.load(words + t // U, mask=inside, other=0)
-                document = tl.load(documents + t // U, mask=inside, other=0)
-
-            group = ()
-            for j in tl.static_range(U):
+            u_following = _load_group(p_gates - (at + U) * (G * D), ahead, D, G, U, EVEN)
+            g_following = _load_group(p_grad - (at + U) * D, ahead, D, 1, U, EVEN)
+            check_following = _load_rows(p_check - (at + U) // U * (K * D), ahead > 0, D, K)
+            if i >= first:
+                left = tl.where(active, after + at, 0)
+                stored = tl.where(at >= 0, left, 0)
+                t = group_of - at
                 if PACKED:
-                    starts = ((word >> j) & 1) != 0
-                    if HAS_INITIAL:
-                        p_initial = initial + document.to(tl.int64) * (K * D) + d
-                        fresh = _load_rows(p_initial, starts & (left > (0 if EVEN else j)), D, K)
-                    else:
-                        fresh = zeros(nothing, K)
-                    state = select(starts, fresh, state)
-                    document += (word >> j) & 1
-                kept = ACTIVATE(state, _token(u_group, w_bias, j, G), w)
-                state = NEW_STATE(kept)
-                group = group + (kept,)
+                    inside = (t + token >= 0) & (t < T)
+                    word = tl.load(words + t // U, mask=inside, other=0)
+                    document = tl.load(documents + t // U, mask=inside, other=0)
 
-            for j in tl.static_range(U - 1, -1, -1):
-                kept = group[j]
-                within = left > (0 if EVEN else j)
-                mu = carry
-                if HAS_FINAL:
+                group = ()
+                for j in tl.static_range(U):
                     if PACKED:
-                        ends = ((word >> (j + 1)) & 1) != 0
-                        p_final = grad_final + (document - 1).to(tl.int64) * (K * D) + d
-                    else:
-                        ends = t + j == T - 1
-                        p_final = grad_final + b * (K * D) + d
-                    mu = add(mu, _load_rows(p_final, ends & within, D, K))
-                g = g_group[j].to(tl.float32)
-                mu = (mu[0] + g,) if K == 1 else (mu[0], mu[1] + g)
-                by_gates, by_weight = GRADIENTS(mu, kept, w)
-                for k in tl.static_range(G):
-                    g_k = by_gates[k].to(grad_gates.dtype.element_ty)
-                    tl.store(p_out - at * (G * D) + (j * G + k) * D, g_k, mask=stored > (0 if EVEN else j))
-                share = by_weight + by_gates
-                if not EVEN:
-                    share = keep(within, share)
-                shares = add(shares, share)
-                J = transpose(JACOBIAN(kept, w), K)
-                new = apply(J, mu, K)
-                if PACKED:
-                    starts = ((word >> j) & 1) != 0
-                    if HAS_INITIAL:
-                        p_initial = grad_initial + (document - 1).to(tl.int64) * (K * D) + d
-                        for k in tl.static_range(K):
-                            tl.store(p_initial + k * D, new[k], mask=starts & (stored > (0 if EVEN else j)))
-                    new = keep(((word >> j) & 1) == 0, new)
-                    document -= (word >> j) & 1
-                if C > 1:
-                    J = multiply(J, A, K)
+                        starts = ((word >> j) & 1) != 0
+                        if HAS_INITIAL:
+                            p_initial = initial + document.to(tl.int64) * (K * D) + d
+                            fresh = _load_rows(p_initial, starts & (left > (0 if EVEN else j)), D, K)
+                        else:
+                            fresh = zeros(nothing, K)
+                        state = select(starts, fresh, state)
+                        document += (word >> j) & 1
+                    kept = ACTIVATE(state, _token(u_group, w_bias, j, G), w)
+                    state = NEW_STATE(kept)
+                    group = group + (kept,)
+
+                for j in tl.static_range(U - 1, -1, -1):
+                    kept = group[j]
+                    within = left > (0 if EVEN else j)
+                    mu = carry
+                    if HAS_FINAL:
+                        if PACKED:
+                            ends = ((word >> (j + 1)) & 1) != 0
+                            p_final = grad_final + (document - 1).to(tl.int64) * (K * D) + d
+                        else:
+                            ends = t + j == T - 1
+                            p_final = grad_final + b * (K * D) + d
+                        mu = add(mu, _load_rows(p_final, ends & within, D, K))
+                    g = g_group[j].to(tl.float32)
+                    mu = (mu[0] + g,) if K == 1 else (mu[0], mu[1] + g)
+                    by_gates, by_weight = GRADIENTS(mu, kept, w)
+                    for k in tl.static_range(G):
+                        g_k = by_gates[k].to(grad_gates.dtype.element_ty)
+                        tl.store(p_out - at * (G * D) + (j * G + k) * D, g_k, mask=stored > (0 if EVEN else j))
+                    share = by_weight + by_gates
+                    if not EVEN:
+                        share = keep(within, share)
+                    shares = add(shares, share)
+                    J = transpose(JACOBIAN(kept, w), K)
+                    new = apply(J, mu, K)
                     if PACKED:
-                        J = keep(((word >> j) & 1) == 0, J)
-                    A = J if EVEN else select(within, J, A)
-                    m = tl.maximum(m, largest(A))
-                    biggest = tl.maximum(biggest, largest(mu))
-                carry = new if EVEN else select(within, new, carry)
+                        starts = ((word >> j) & 1) != 0
+                        if HAS_INITIAL:
+                            p_initial = grad_initial + (document - 1).to(tl.int64) * (K * D) + d
+                            for k in tl.static_range(K):
+                                tl.store(p_initial + k * D, new[k], mask=starts & (stored > (0 if EVEN else j)))
+                        new = keep(((word >> j) & 1) == 0, new)
+                        document -= (word >> j) & 1
+                    if C > 1:
+                        J = multiply(J, A, K)
+                        if PACKED:
+                            J = keep(((word >> j) & 1) == 0, J)
+                        A = J if EVEN else select(within, J, A)
+                        m = tl.maximum(m, largest(A))
+                        biggest = tl.maximum(biggest, largest(mu))
+                    carry = new if EVEN else select(within, new, carry)
         end = select(active, carry, end)
         sums = select(active, shares, sums)
         p += 1
