@@ -45,3 +45,9 @@ def sigmoid(x):
 def tanh(x):
     """2 σ(2x) − 1."""
     return 2.0 * _reciprocal(1.0 + _exp2(x * -2.8853900817779268)) - 1.0
+
+
+@triton.jit
+def log_sigmoid(x):
+    """log σ(x) = min(x, 0) − log(1 + e^−|x|)."""
+    return tl.minimum(x, 0.0) - tl.log(1.0 + exp(-tl.abs(x)))
