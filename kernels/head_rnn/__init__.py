@@ -8,7 +8,7 @@ from riverrun.kernels.head_rnn.cells import CELLS
 from riverrun.kernels.head_rnn.chunked import head_rnn_chunked
 from riverrun.kernels.head_rnn.reference import head_rnn_reference
 
-MAX_TRITON_HEAD_SIZE = 128
+ON_CHIP = 256  # bytes of a row of a head's recurrent weights up to which those of four gates fit on a multiprocessor
 
 
 def head_rnn(
@@ -42,8 +42,8 @@ def head_rnn(
         cu_seqlens: (S + 1,) integers rising strictly from 0 to T: the bounds of documents packed into a batch of one
             row.
         backend: "auto", "reference", "chunked" or "triton" (see `resolve_backend`). The Triton kernels keep the
-            weights on the chip and take heads of up to 128 channels; wider ones take a batched matrix product a step
-            ("chunked", after the other ops' backend of that place).
+            weights on the chip and take heads of up to 128 channels (64 in float32); wider ones take a batched matrix
+            product a step ("chunked", after the other ops' backend of that place).
 
     Returns:
         h (B, T, H, K) in the dtype of `gates`, and the final state (S, NS, H, K) in float32 (float64 if `gates` is
@@ -67,12 +67,13 @@ def head_rnn(
     if initial_state is not None:
         check_shape(op, "initial_state", initial_state, (S, NS, H, K), "(S, NS, H, K)")
         initial_state = initial_state.to(state_dtype(gates))
-    if backend == "triton" and K > MAX_TRITON_HEAD_SIZE:
+    fits = K * gates.element_size() <= ON_CHIP
+    if backend == "triton" and not fits:
         raise ValueError(
-            f"{op}: the Triton kernels take heads of up to {MAX_TRITON_HEAD_SIZE} channels, got {K}; use more heads, or "
-            "backend='chunked'"
+            f"{op}: the Triton kernels take heads of up to {ON_CHIP // gates.element_size()} channels of {gates.dtype}, "
+            f"got {K}; use more heads, or backend='chunked'"
         )
-    chosen = resolve_backend(op, backend, gates, T, has_triton=K <= MAX_TRITON_HEAD_SIZE)
+    chosen = resolve_backend(op, backend, gates, T, has_triton=fits)
     if chosen == "triton":
         from riverrun.kernels.head_rnn.triton_op import head_rnn_triton
 

@@ -1,8 +1,8 @@
 """The cells of `head_rnn` in torch: one step forward, and one step back.
 
-A state is a tuple of tensors that ends with h; `u` and `rec` are the pre-activations of the gates from the input and from
-the recurrence, G each. A step back turns the gradients of the new state into those of `u`, of `rec` and of the old state,
-the last without what flows back through `rec`.
+A state is a tuple of tensors that ends with h; `u` and `rec` are the pre-activations of the gates from the input and
+from the recurrence, G each. A step back turns the gradients of the new state into those of `u`, of `rec` and of the old
+state, the last without what flows back through `rec`.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,6 @@
 """The cells of `head_rnn` for the Triton kernels: one step forward, and one step back.
 
-A state is a tuple of tensors that ends with h. `u` and `rec` are the gates' pre-activations from the input and from the
-recurrence, G each, in the order of the reference. A step back turns the gradients of the new state into those of `u`, of
-`rec` and of the old state, the latter without what flows back through `rec`.
+The same functions as in `cells.py`, which tells what they take and give.
 """
 
 import triton

@@ -5,7 +5,9 @@ registers. A step is a chain that cannot be cut: h through shared memory into th
 nonlinearities. What it needs from memory is loaded a step ahead.
 
 The backward kernel repeats each step from the stored states, so that it sees the very pre-activations of the forward
-kernel and none need be stored. The gradient of the weights is one matrix product over all tokens, afterwards.
+kernel and none need be stored. Where the weights and their transposes do not fit on the chip together (128 channels),
+the products h W of all steps come from one matrix product beforehand. The gradient of the weights is another,
+afterwards.
 """
 
 import triton
@@ -39,14 +41,10 @@ def _recur(h, weights, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _weights(
-    weight, n, H, K: tl.constexpr, KP: tl.constexpr, G: tl.constexpr, TRANSPOSED: tl.constexpr, DOT: tl.constexpr
-):
+def _weights(weight, n, H, K: tl.constexpr, KP: tl.constexpr, G: tl.constexpr, DOT: tl.constexpr):
     """(KP, KP) of each gate of head n, zero beyond K."""
     k = tl.arange(0, KP)
     place = k[:, None] * K + k[None, :]
-    if TRANSPOSED:
-        place = k[None, :] * K + k[:, None]
     inside = (k < K)[:, None] & (k < K)[None, :]
     out = ()
     for g in tl.static_range(G):
@@ -87,7 +85,7 @@ def forward_kernel(
     length = tl.where(k < K, length[:, None], 0)  # (BS, KP)
     stride = H * K
 
-    weights = _weights(weight, n, H, K, KP, G, False, DOT)
+    weights = _weights(weight, n, H, K, KP, G, DOT)
     channel = n * K + k
     p_state = sequence[:, None] * (NS * stride) + channel
     state = ()
@@ -101,7 +99,7 @@ def forward_kernel(
     p_states = states + begin[:, None] * ((NS - 1) * stride) + channel
 
     following = _load(p_gates, stride, length > 0, G)
-    for t in range(0, steps):
+    for t in range(steps):
         u = _wide(following)
         p_gates += G * stride
         following = _load(p_gates, stride, length > t + 1, G)
@@ -133,9 +131,11 @@ def backward_kernel(
     order,
     h,
     states,
+    products,  # (G, H, N, K): h₋ W; only unless RECUR
     grad_gates,  # (N, G, H, K)
     grad_rec,  # (N, H, K): of the last gate's recurrent part, where it is not that of its input
     grad_initial,  # (S, NS, H, K) float32
+    N,
     S,
     H,
     BACK: tl.constexpr,
@@ -147,6 +147,7 @@ def backward_kernel(
     HAS_INITIAL: tl.constexpr,
     HAS_FINAL: tl.constexpr,
     LAST_DIFFERS: tl.constexpr,
+    RECUR: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -160,8 +161,7 @@ def backward_kernel(
     length = tl.where(k < K, length[:, None], 0)
     stride = H * K
 
-    weights = _weights(weight, n, H, K, KP, G, False, DOT)
-    transposed = _weights(weight, n, H, K, KP, G, True, DOT)
+    weights = _weights(weight, n, H, K, KP, G, DOT)
     channel = n * K + k
     p_state = sequence[:, None] * (NS * stride) + channel
     grad = ()
@@ -183,13 +183,18 @@ def backward_kernel(
     p_grad = grad_h + last * stride + channel
     p_h = h + (last - 1) * stride + channel  # of the step before
     p_states = states + (last - 1) * ((NS - 1) * stride) + channel
+    p_products = products + (n * N + last) * K + k
+    of_gate = tl.cast(N, tl.int64) * H * K
 
     t = steps - 1
+    rec_following = ()
+    if not RECUR:
+        rec_following = _load(p_products, of_gate, length > t, G)
     u_following = _load(p_gates, stride, length > t, G)
     g_following = tl.load(p_grad, mask=length > t, other=0.0)
     earlier = tl.where(t > 0, length - t, 0) > 0
     before_following = _load(p_states, stride, earlier, NS - 1) + (tl.load(p_h, mask=earlier, other=0.0),)
-    for i in range(0, steps):
+    for i in range(steps):
         t = steps - 1 - i
         within = length > t
         u = _wide(u_following)
@@ -211,7 +216,12 @@ def backward_kernel(
         earlier = tl.where(t > 1, length - t + 1, 0) > 0
         before_following = _load(p_states, stride, earlier, NS - 1) + (tl.load(p_h, mask=earlier, other=0.0),)
 
-        rec = _recur(state[NS - 1], weights, DOT, PRECISION)
+        if RECUR:
+            rec = _recur(state[NS - 1], weights, DOT, PRECISION)
+        else:
+            rec = _wide(rec_following)
+            p_products -= K
+            rec_following = _load(p_products, of_gate, next_within, G)
         total = ()
         for j in tl.static_range(NS - 1):
             total = total + (grad[j],)
@@ -225,7 +235,7 @@ def backward_kernel(
         p_rec -= stride
         through = old[NS - 1]
         for j in tl.static_range(G):
-            through = tl.dot(by_rec[j].to(DOT), transposed[j], through, input_precision=PRECISION)
+            through = tl.dot(by_rec[j].to(DOT), tl.trans(weights[j]), through, input_precision=PRECISION)
         grad_t = ()
         for j in tl.static_range(NS - 1):
             grad_t = grad_t + (tl.where(within, old[j], grad[j]),)

@@ -26,6 +26,7 @@ STEP = {"lstm": lstm_step, "slstm": slstm_step, "gru": gru_step, "elman": elman_
 BACK = {"lstm": lstm_back, "slstm": slstm_back, "gru": gru_back, "elman": elman_back}
 
 SEQUENCES = 16  # of a program: the rows of the tensor cores' smallest product
+TWICE_ON_CHIP = 128  # bytes of a row of a head's weights up to which there is room for them and their transposes
 FORWARD_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}  # by head size
 BACKWARD_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}
 
@@ -112,20 +113,22 @@ def backward(
     last_differs = cell == "gru"
     grad_rec = gates.new_empty((B * T, H, K) if last_differs else 0)
     grad_initial = states.new_empty(0 if initial is None else initial.shape)
-    backward_kernel[(triton.cdiv(S, SEQUENCES) * H,)](
-        grad_h, states if grad_final is None else grad_final, gates, weight, states if initial is None else initial,
-        bounds, order, h, states, grad_gates, grad_rec, grad_initial, S, H,
-        BACK=BACK[cell], HAS_INITIAL=initial is not None, HAS_FINAL=grad_final is not None, LAST_DIFFERS=last_differs,
-        **_options(gates, cell, BACKWARD_WARPS),
-    )  # fmt: skip
     before = torch.empty_like(h).view(B * T, H, K)  # h before each step
     before[1:] = h.view(B * T, H, K)[:-1]
     before[bounds[:-1]] = 0 if initial is None else initial[:, -1].to(h.dtype)
-    before = before.permute(1, 2, 0)  # (H, K, B·T)
+    before = before.transpose(0, 1)  # (H, B·T, K)
+    recur = K * h.element_size() <= TWICE_ON_CHIP
+    products = h if recur else torch.stack([torch.bmm(before, w) for w in weight.to(h.dtype)])
+    backward_kernel[(triton.cdiv(S, SEQUENCES) * H,)](
+        grad_h, states if grad_final is None else grad_final, gates, weight, states if initial is None else initial,
+        bounds, order, h, states, products, grad_gates, grad_rec, grad_initial, B * T, S, H,
+        BACK=BACK[cell], HAS_INITIAL=initial is not None, HAS_FINAL=grad_final is not None, LAST_DIFFERS=last_differs,
+        RECUR=recur, **_options(gates, cell, BACKWARD_WARPS),
+    )  # fmt: skip
     by_gate = list(grad_gates.view(B * T, G, H, K).unbind(1))
     if last_differs:
         by_gate[-1] = grad_rec
-    grad_weight = torch.stack([torch.bmm(before, g.transpose(0, 1)) for g in by_gate])
+    grad_weight = torch.stack([torch.bmm(before.mT, g.transpose(0, 1)) for g in by_gate])
     return grad_gates, grad_weight, grad_initial
 
 

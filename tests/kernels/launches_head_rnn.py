@@ -31,4 +31,4 @@ def launch_elman():
 
 
 def launch_single_precision():
-    run("lstm", 32, torch.float32)
+    run("lstm", 64, torch.float32)
