@@ -5,7 +5,7 @@ value in, so that a saved config is explicit. Every `problems` method lists all 
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,103 @@ class ParaLSTMOptions(_ParaOptions):
         return "para_lstm"
 
 
-MixerOptions = AttentionOptions | Mamba2Options | GatedDeltaOptions | ParaGRUOptions | ParaLSTMOptions
+@dataclass(frozen=True)
+class HeadRNNOptions:
+    """What the RNNs with dense recurrent matrices, one a head and gate, share (arXiv 2412.07752)."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    name: ClassVar[str]
+
+    expand: float = 1.0  # inner width / hidden_size
+    head_dim: int = 64  # K: inner width / heads; the kernels keep the recurrent matrices on chip up to 128
+    conv_kernel: int = 4  # 0: no convolution (and no SiLU after it)
+    recurrent_init: float = 1.0  # recurrent weights start uniform within ± this / sqrt(K); 0: at zero
+    norm_eps: float = 1e-5
+
+    def inner_size(self, hidden_size: int) -> int:
+        return int(hidden_size * self.expand)
+
+    def resolve(self, hidden_size: int):
+        return self
+
+    def problems(self, hidden_size: int) -> list[str]:
+        found = _positive(self.name, self, "expand", "head_dim")
+        for n in ("conv_kernel", "recurrent_init"):
+            if getattr(self, n) < 0:
+                found.append(f"{self.name}.{n}={getattr(self, n)} must not be negative; 0 is none")
+        if not found and self.inner_size(hidden_size) % self.head_dim:
+            found.append(
+                f"{self.name}.head_dim={self.head_dim} must divide expand × hidden_size = "
+                f"{self.inner_size(hidden_size)}; try {_divisor_near(self.inner_size(hidden_size), self.head_dim)}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class ElmanOptions(HeadRNNOptions):
+    """The simple RNN (Elman 1990) with block-diagonal recurrent weights, a block a head."""
+
+    name: ClassVar[str] = "elman"
+
+
+@dataclass(frozen=True)
+class _ForgettingOptions(HeadRNNOptions):
+    """Head RNNs with a gate that keeps the state."""
+
+    forget_bias_min: float = 0.0  # the keeping gate's biases start evenly spaced over the channels of each head
+    forget_bias_max: float = 6.0  # a channel keeps its state for about exp(bias) tokens: 1 to 400 (arXiv 1804.11188)
+
+    def problems(self, hidden_size: int) -> list[str]:
+        found = super().problems(hidden_size)
+        if self.forget_bias_min > self.forget_bias_max:
+            found.append(
+                f"{self.name}.forget_bias_min={self.forget_bias_min} must not be above "
+                f"{self.name}.forget_bias_max={self.forget_bias_max}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class GRUOptions(_ForgettingOptions):
+    """GRU (Cho et al. 2014, arXiv 1406.1078) with block-diagonal recurrent weights, a block a head."""
+
+    name: ClassVar[str] = "gru"
+
+
+@dataclass(frozen=True)
+class LSTMOptions(_ForgettingOptions):
+    """LSTM (Hochreiter & Schmidhuber 1997; Gers et al. 2000) with block-diagonal recurrent weights, a block a head."""
+
+    name: ClassVar[str] = "lstm"
+
+
+@dataclass(frozen=True)
+class SLSTMOptions(_ForgettingOptions):
+    """sLSTM (Beck et al. 2024, arXiv 2405.04517): an LSTM with a stabilised exponential input gate.
+
+    The authors' code starts recurrent weights at zero, and forget biases by a power law over 12 units between −5 and 7
+    whose exponent rises with depth, from 0.3 to 1.6, around the straight line that is taken here.
+    """
+
+    name: ClassVar[str] = "slstm"
+
+    recurrent_init: float = 0.0
+    forget_bias_min: float = -5.0
+    forget_bias_max: float = 7.0
+
+
+MixerOptions = (
+    AttentionOptions
+    | Mamba2Options
+    | GatedDeltaOptions
+    | ParaGRUOptions
+    | ParaLSTMOptions
+    | SLSTMOptions
+    | LSTMOptions
+    | GRUOptions
+    | ElmanOptions
+)
 
 OPTIONS: dict[str, type] = {
     "attention": AttentionOptions,
@@ -189,6 +285,10 @@ OPTIONS: dict[str, type] = {
     "gated_delta": GatedDeltaOptions,
     "para_gru": ParaGRUOptions,
     "para_lstm": ParaLSTMOptions,
+    "slstm": SLSTMOptions,
+    "lstm": LSTMOptions,
+    "gru": GRUOptions,
+    "elman": ElmanOptions,
 }
 
 

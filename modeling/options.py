@@ -7,10 +7,14 @@ from typing import Any
 from riverrun.modeling.mixer_options import (
     OPTIONS,
     AttentionOptions,
+    ElmanOptions,
     GatedDeltaOptions,
+    GRUOptions,
+    LSTMOptions,
     Mamba2Options,
     ParaGRUOptions,
     ParaLSTMOptions,
+    SLSTMOptions,
 )
 
 
@@ -38,6 +42,10 @@ class ModelOptions:
     gated_delta: GatedDeltaOptions = field(default_factory=GatedDeltaOptions)
     para_gru: ParaGRUOptions = field(default_factory=ParaGRUOptions)
     para_lstm: ParaLSTMOptions = field(default_factory=ParaLSTMOptions)
+    slstm: SLSTMOptions = field(default_factory=SLSTMOptions)
+    lstm: LSTMOptions = field(default_factory=LSTMOptions)
+    gru: GRUOptions = field(default_factory=GRUOptions)
+    elman: ElmanOptions = field(default_factory=ElmanOptions)
 
     @property
     def layers(self) -> tuple[str, ...]:

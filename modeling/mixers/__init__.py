@@ -4,9 +4,11 @@ from riverrun.modeling.mixer_options import OPTIONS
 from riverrun.modeling.mixers.attention import Attention
 from riverrun.modeling.mixers.base import MIXERS, Mixer, States, register
 from riverrun.modeling.mixers.gated_delta import GatedDelta
+from riverrun.modeling.mixers.head_rnn import GRU, LSTM, SLSTM, Elman
 from riverrun.modeling.mixers.mamba2 import Mamba2
 from riverrun.modeling.mixers.para import ParaGRU, ParaLSTM
 
 __all__ = [
-    "MIXERS", "OPTIONS", "Attention", "GatedDelta", "Mamba2", "Mixer", "ParaGRU", "ParaLSTM", "States", "register",
+    "GRU", "LSTM", "MIXERS", "OPTIONS", "SLSTM", "Attention", "Elman", "GatedDelta", "Mamba2", "Mixer", "ParaGRU",
+    "ParaLSTM", "States", "register",
 ]  # fmt: skip

@@ -229,7 +229,7 @@ def test_recipes_lists_all():
 def test_the_promised_recipes_are_shipped():
     assert set(shipped.names()) == {
         "quickstart", "mamba2-130m", "hybrid-130m", "para-lstm-400m", "para-gru-400m", "olmo-hybrid-1b", "mamba2-1.3b",
-        "hybrid-7b",
+        "hybrid-7b", "slstm-400m",
     }  # fmt: skip
 
 

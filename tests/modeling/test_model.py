@@ -13,10 +13,14 @@ from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import (
     AttentionOptions,
+    ElmanOptions,
     GatedDeltaOptions,
+    GRUOptions,
+    LSTMOptions,
     Mamba2Options,
     ParaGRUOptions,
     ParaLSTMOptions,
+    SLSTMOptions,
 )
 from riverrun.modeling.mixers import MIXERS
 from riverrun.modeling.model import RiverrunForCausalLM
@@ -33,9 +37,13 @@ BASE = ModelOptions(
     gated_delta=GatedDeltaOptions(num_heads=2, head_dim=4, num_householder=2, chunk_size=8),
     para_gru=ParaGRUOptions(num_heads=2, tolerance=1e-12),
     para_lstm=ParaLSTMOptions(num_heads=2, tolerance=1e-12),
+    slstm=SLSTMOptions(head_dim=8, recurrent_init=1.0),
+    lstm=LSTMOptions(head_dim=8),
+    gru=GRUOptions(head_dim=8),
+    elman=ElmanOptions(head_dim=8),
 )
 WINDOWED = replace(BASE.attention, window=5)
-HYBRID = ("mamba2", "gated_delta", "para_gru", "para_lstm", "attention")
+HYBRID = ("mamba2", "gated_delta", "para_gru", "para_lstm", "slstm", "lstm", "gru", "elman", "attention")
 SHAPES = {
     "mamba2": replace(BASE, layer_pattern=("mamba2",)),
     "mamba2 alone": replace(BASE, layer_pattern=("mamba2",), intermediate_size=0, tie_word_embeddings=True),
@@ -45,6 +53,11 @@ SHAPES = {
     ),
     "para_gru": replace(BASE, layer_pattern=("para_gru",)),
     "para_lstm": replace(BASE, layer_pattern=("para_lstm",)),
+    "slstm": replace(BASE, layer_pattern=("slstm",)),
+    "slstm without conv": replace(BASE, layer_pattern=("slstm",), slstm=replace(BASE.slstm, conv_kernel=0, expand=2.0)),
+    "lstm": replace(BASE, layer_pattern=("lstm",)),
+    "gru": replace(BASE, layer_pattern=("gru",)),
+    "elman without conv": replace(BASE, layer_pattern=("elman",), elman=replace(BASE.elman, conv_kernel=0)),
     "attention": replace(BASE, layer_pattern=("attention",)),
     "attention window": replace(BASE, layer_pattern=("attention",), attention=WINDOWED),
     "attention window 1": replace(BASE, layer_pattern=("attention",), attention=replace(WINDOWED, window=1)),
@@ -54,8 +67,8 @@ SHAPES = {
     "attention post norm": replace(
         BASE, layer_pattern=("attention",), post_norm_attention=True, attention=replace(BASE.attention, qk_norm="full")
     ),
-    "hybrid": replace(BASE, layer_pattern=HYBRID, num_hidden_layers=5),
-    "hybrid window": replace(BASE, layer_pattern=HYBRID, num_hidden_layers=5, attention=WINDOWED),
+    "hybrid": replace(BASE, layer_pattern=HYBRID, num_hidden_layers=len(HYBRID)),
+    "hybrid window": replace(BASE, layer_pattern=HYBRID, num_hidden_layers=len(HYBRID), attention=WINDOWED),
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 V = BASE.vocab_size
@@ -364,7 +377,8 @@ def test_weights_start_by_the_seed_and_the_depth():
     one, same, other = build("hybrid", 0), build("hybrid", 0), build("hybrid", 1)
     for (name, p), q, r in zip(one.named_parameters(), same.parameters(), other.parameters()):
         assert torch.equal(p, q), name
-        assert p.numel() == 1 or p.unique().numel() == 1 or not torch.equal(p, r), name
+        fixed = p.unique().numel() == 1 or name.endswith("gate_bias")  # which starts evenly spaced
+        assert fixed or not torch.equal(p, r), name
     torch.manual_seed(0)
     big = RiverrunForCausalLM(
         RiverrunConfig.from_options(
@@ -390,6 +404,44 @@ def test_para_weights_never_pass_their_bound():
     assert mixer.bounded(mixer.recurrent_weight).max() <= 0.5
     small = torch.tensor([1e-3])
     assert mixer.bounded(small).item() == pytest.approx(1e-3, rel=1e-4)
+
+
+@pytest.mark.parametrize("name, longest", [("slstm", 1 / 12), ("lstm", 1), ("gru", 1)])
+def test_keeping_gates_start_from_short_to_long_memories(name, longest):
+    """At the largest bias twelve tokens fade nothing (sLSTM then averages over them), at the smallest all."""
+    torch.manual_seed(0)
+    mixer = build(name).model.layers[0].mixer
+    with torch.no_grad():
+        mixer.recurrent_weight.zero_()
+        gates = torch.zeros(1, 12, mixer.num_gates, mixer.inner)
+        gates[:, 0, -1 if name == "gru" else 2] = 1.0  # something to remember, and then nothing
+        h = mixer.recur(gates, Layout.of_rows((1, 12), torch.zeros(1, dtype=torch.long)), None)
+    kept = (h[0, -1] / h[0, 0]).abs()
+    assert (kept.diff() > 0).all() and kept[:, 0].max() < 0.01
+    assert kept[:, -1].tolist() == pytest.approx([longest] * len(kept), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "options, problem",
+    [
+        (ElmanOptions(head_dim=0), "elman.head_dim=0 must be positive"),
+        (GRUOptions(conv_kernel=-1), "gru.conv_kernel=-1 must not be negative; 0 is none"),
+        (GRUOptions(head_dim=48), "gru.head_dim=48 must divide expand × hidden_size = 64; try 32"),
+        (LSTMOptions(forget_bias_min=7.0), "lstm.forget_bias_min=7.0 must not be above lstm.forget_bias_max=6.0"),
+        (SLSTMOptions(), None),
+    ],
+)
+def test_impossible_heads_are_refused(options, problem):
+    assert options.problems(64) == ([] if problem is None else [problem])
+
+
+@pytest.mark.parametrize("name", ["slstm", "lstm", "gru", "elman"])
+def test_heads_of_an_rnn_do_not_see_each_other(name):
+    mixer = build("hybrid").model.layers[HYBRID.index(name)].mixer
+    layout = Layout.of_rows((1, 9), torch.zeros(1, dtype=torch.long))
+    gates = torch.randn(1, 9, mixer.num_gates, mixer.inner, requires_grad=True)
+    grad = torch.autograd.grad(mixer.recur(gates, layout, None)[:, -1, 0].sum(), gates)[0].unflatten(-1, (2, 8))
+    assert grad[..., 0, :].any() and not grad[..., 1, :].any()
 
 
 def test_a_tied_head_is_the_embedding():

@@ -10,8 +10,12 @@ from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.mixer_options import (
     OPTIONS,
     AttentionOptions,
+    ElmanOptions,
     GatedDeltaOptions,
+    GRUOptions,
+    LSTMOptions,
     Mamba2Options,
+    SLSTMOptions,
 )
 from riverrun.modeling.model import RiverrunForCausalLM
 from riverrun.modeling.options import ModelOptions
@@ -75,15 +79,19 @@ def olmo(rope: bool = True, neg_eigval: bool = True, tied: bool = False, head_di
 
 
 def hybrid() -> ModelOptions:
-    """All five mixers; attention once full and once in a window would need two configs, so in a window."""
+    """All mixers; attention once full and once in a window would need two configs, so in a window."""
     return ModelOptions(
         vocab_size=VOCAB,
         hidden_size=32,
-        num_hidden_layers=5,
+        num_hidden_layers=len(OPTIONS),
         layer_pattern=tuple(OPTIONS),
         attention=AttentionOptions(num_heads=4, num_kv_heads=2, head_dim=8, window=5, qk_norm="head"),
         mamba2=Mamba2Options(head_dim=8, state_size=8, num_groups=2),
         gated_delta=GatedDeltaOptions(num_heads=2, head_dim=8, num_householder=2),
+        slstm=SLSTMOptions(head_dim=16, recurrent_init=1.0),
+        lstm=LSTMOptions(head_dim=16),
+        gru=GRUOptions(head_dim=16),
+        elman=ElmanOptions(head_dim=16),
     )
 
 
