@@ -70,8 +70,8 @@ def head_rnn(
     fits = K * gates.element_size() <= ON_CHIP
     if backend == "triton" and not fits:
         raise ValueError(
-            f"{op}: the Triton kernels take heads of up to {ON_CHIP // gates.element_size()} channels of {gates.dtype}, "
-            f"got {K}; use more heads, or backend='chunked'"
+            f"{op}: the Triton kernels take heads of up to {ON_CHIP // gates.element_size()} channels of "
+            f"{gates.dtype}, got {K}; use more heads, or backend='chunked'"
         )
     chosen = resolve_backend(op, backend, gates, T, has_triton=fits)
     if chosen == "triton":

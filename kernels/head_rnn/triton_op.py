@@ -27,7 +27,7 @@ BACK = {"lstm": lstm_back, "slstm": slstm_back, "gru": gru_back, "elman": elman_
 
 SEQUENCES = 16  # of a program: the rows of the tensor cores' smallest product
 TWICE_ON_CHIP = 128  # bytes of a row of a head's weights up to which there is room for them and their transposes
-FORWARD_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}  # by head size
+FORWARD_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}  # by the head size in 16-bit numbers
 BACKWARD_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}
 
 
@@ -55,7 +55,7 @@ def _options(gates: torch.Tensor, cell: str, warps: dict[int, int]) -> dict:
         # the interpreter cannot multiply matrices of bfloat16
         "DOT": tl.float32 if INTERPRETED.value else narrow.get(gates.dtype, tl.float32),
         "PRECISION": "tf32x3",  # of products of float32; those of narrower types are exact
-        "num_warps": warps[padded],
+        "num_warps": warps[min(128, padded * gates.element_size() // 2)],
         "num_stages": 1,
     }
 
