@@ -7,6 +7,9 @@ from riverrun.kernels.causal_conv1d.chunked import causal_conv1d_chunked
 from riverrun.kernels.causal_conv1d.reference import causal_conv1d_reference
 from riverrun.kernels.common.backend import check_shape, resolve_backend
 
+# the Triton kernels keep W inputs, W pending gradients and W sums in registers
+TRITON_TAPS = 8
+
 
 def causal_conv1d(
     x: torch.Tensor,
@@ -31,14 +34,17 @@ def causal_conv1d(
             size, or the number of documents.
         cu_seqlens: (S + 1,) integers rising strictly from 0 to T: the bounds of documents packed into a batch of one
             row.
-        backend: "auto", "reference" or "chunked" (see `resolve_backend`).
+        backend: "auto", "reference", "chunked" or "triton" (see `resolve_backend`). The Triton kernels are for W up to
+            8, read `x` in place if its tokens are evenly spaced, and take the values of `cu_seqlens` on trust, so that
+            the host need not wait for them.
 
     Returns:
         y (B, T, D), and the final state (S, W − 1, D): the last inputs of each sequence, oldest first, reaching back
         into the initial state where a sequence is shorter. Both in the dtype of `x`.
 
     Raises:
-        ValueError: an argument of the wrong shape, bad `cu_seqlens`, an unknown activation or backend.
+        ValueError: an argument of the wrong shape, bad `cu_seqlens`, an unknown activation, or a backend that there is
+            not.
     """
     op = "causal_conv1d"
     if x.dim() != 3 or 0 in x.shape:
@@ -52,11 +58,19 @@ def causal_conv1d(
     if activation not in (None, "silu"):
         raise ValueError(f"{op}: activation must be None or 'silu', got {activation!r}")
     S = B if cu_seqlens is None else len(cu_seqlens) - 1
+    if initial_state is not None:
+        check_shape(op, "initial_state", initial_state, (S, W - 1, D), "(S, W - 1, D)")
+        initial_state = initial_state.to(x.dtype)
+    if backend == "triton" and W > TRITON_TAPS:
+        raise ValueError(f"{op}: the Triton kernel is for up to {TRITON_TAPS} taps, got {W}; use backend='chunked'")
+    chosen = resolve_backend(op, backend, x, T, has_triton=W <= TRITON_TAPS)
+    if chosen == "triton":
+        from riverrun.kernels.causal_conv1d.triton_op import causal_conv1d_triton
+
+        return causal_conv1d_triton(x, weight, bias, activation == "silu", initial_state, cu_seqlens)
     if initial_state is None:
         initial_state = x.new_zeros(S, W - 1, D)
-    check_shape(op, "initial_state", initial_state, (S, W - 1, D), "(S, W - 1, D)")
-    initial_state = initial_state.to(x.dtype)
-    if resolve_backend(op, backend, x, T) == "reference":
+    if chosen == "reference":
         y, state = causal_conv1d_reference(x, weight, bias, initial_state, cu_seqlens)
         return (F.silu(y) if activation == "silu" else y).to(x.dtype), state
     return causal_conv1d_chunked(x, weight, bias, activation == "silu", initial_state, cu_seqlens)

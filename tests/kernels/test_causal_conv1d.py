@@ -1,10 +1,14 @@
-"""causal_conv1d against F.conv1d of each sequence by itself, in float64."""
+"""causal_conv1d against F.conv1d of each sequence by itself, in float64; the Triton kernels, run by Triton's
+interpreter, in float32 and narrower types, and compiled for Hopper."""
 
+import dataclasses
 import functools
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
+from compiling import SHARED_LIMIT, compile_for_hopper
 from torch.nn import functional as F
 
 from riverrun.kernels.causal_conv1d import causal_conv1d
@@ -12,6 +16,7 @@ from riverrun.kernels.causal_conv1d import causal_conv1d
 D = 5
 DOCUMENTS = [1, 9, 2, 1, 17, 3]  # most are shorter than the kernel
 BACKENDS = ("reference", "chunked")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels
 
 
 def make_inputs(B, T, W=4, num_states=None, dtype=torch.float64):
@@ -171,3 +176,146 @@ def test_bad_options():
             causal_conv1d(x, weight, cu_seqlens=bounds_of([2, 4]), backend=backend)
         with pytest.raises(ValueError, match="rise strictly"):
             causal_conv1d(x[:1], weight, cu_seqlens=bounds_of([2, 3]), backend=backend)
+
+
+def run_triton(inputs, lengths=None, activation=None, use_state=True, use_final=True, dtype=torch.float32):
+    """y, final state and gradients by the Triton kernels, and by torch in float64."""
+    results = []
+    for backend, kind, device in (("triton", dtype, DEVICE), ("expected", torch.float64, "cpu")):
+        # parameters and upstream gradients stay exact enough; only the inputs are rounded
+        leaves = [t.detach().to(dtype if i in (0, 3) else torch.float32) for i, t in enumerate(inputs)]
+        leaves = [t.to(device, torch.float64 if kind == torch.float64 else None).requires_grad_() for t in leaves]
+        x, weight, bias, state = leaves
+        if not use_state:
+            leaves, state = leaves[:3], None if backend == "triton" else torch.zeros_like(state)
+        if backend == "triton":
+            options = {"activation": activation, "cu_seqlens": bounds_of(lengths).to(device) if lengths else None}
+            y, final = causal_conv1d(x, weight, bias, initial_state=state, backend=backend, **options)
+        else:
+            y, final = expected(x, weight, bias, state, lengths, activation)
+        outputs = [y, final] if use_final else [y]
+        generator = torch.Generator().manual_seed(1)
+        upstream = [torch.randn(t.shape, generator=generator).to(dtype).to(t) for t in outputs]
+        results.append([y, final, *torch.autograd.grad(outputs, leaves, upstream)])
+    return results
+
+
+def assert_triton_equals(got, want, tolerance=1e-5):
+    for a, b in zip(got, want):
+        assert a.shape == b.shape
+        assert (a.cpu() - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("T", [1, 2, 35])
+@pytest.mark.parametrize("W", [1, 2, 4, 8])
+def test_triton_rows_equal_torch(W, T, activation):
+    assert_triton_equals(*run_triton(make_inputs(3, T, W), activation=activation))
+
+
+@pytest.mark.parametrize("use_state, use_final", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("W", [2, 4, 8])
+def test_triton_documents_equal_torch(W, use_state, use_final):
+    inputs = make_inputs(1, sum(DOCUMENTS), W, num_states=len(DOCUMENTS))
+    assert_triton_equals(*run_triton(inputs, DOCUMENTS, "silu", use_state, use_final))
+
+
+def test_triton_documents_start_anywhere():
+    """Also where a lane starts or ends, and within the tokens that it reads of its neighbours."""
+    inputs = make_inputs(1, 36, num_states=2)
+    for bound in (1, 3, 12, 13, 14, 16, 17, 19, 26, 32, 35):
+        assert_triton_equals(*run_triton(inputs, [bound, 36 - bound], "silu"))
+
+
+def test_triton_blocks_of_channels(monkeypatch):
+    from riverrun.kernels.causal_conv1d import triton_op
+
+    for name in ("FORWARD", "BACKWARD"):
+        monkeypatch.setattr(triton_op, name, dataclasses.replace(getattr(triton_op, name), channels=4))
+    inputs = make_inputs(1, sum(DOCUMENTS), num_states=len(DOCUMENTS))
+    assert_triton_equals(*run_triton(inputs, DOCUMENTS, "silu"))
+
+
+def test_triton_many_documents_of_one_token():
+    lengths = [1] * 37
+    assert_triton_equals(*run_triton(make_inputs(1, 37, num_states=37), lengths, "silu"))
+
+
+# Triton's interpreter cuts off the digits beyond bfloat16, a GPU rounds
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 6e-3), (torch.float16, 5e-4)])
+def test_triton_narrow_types_round_once(dtype, tolerance):
+    inputs = make_inputs(2, 40)
+    got, want = run_triton(inputs, activation="silu", dtype=dtype)
+    assert [t.dtype for t in got] == [dtype] * 3 + [torch.float32] * 2 + [dtype]
+    assert_triton_equals(got, want, tolerance)
+
+
+@pytest.mark.parametrize("view", [lambda x: x[..., 2 : 2 + D], lambda x: x[..., ::2], lambda x: x.transpose(0, 1)])
+def test_triton_takes_views(view):
+    """A slice of a projection's output is read where it lies, other views are copied."""
+    weight = torch.randn(D, 4, device=DEVICE)
+    projected = torch.randn(3, 20, 2 * D - 1 if view(torch.empty(1, 1, 9)).shape[2] == D else D, device=DEVICE)
+    projected.requires_grad_()
+    assert not view(projected).is_contiguous()
+    results = []
+    for x in (view(projected), view(projected).contiguous()):
+        y, final = causal_conv1d(x, weight, backend="triton")
+        upstream = torch.linspace(-1, 1, y.numel(), device=DEVICE).view(y.shape)
+        strided = upstream.transpose(1, 2).contiguous().transpose(1, 2)
+        results.append([y, final, *torch.autograd.grad(y, projected, strided)])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_triton_reads_slices_in_place():
+    from riverrun.kernels.causal_conv1d.triton_op import _rows
+
+    projected = torch.zeros(3, 20, 2 * D)
+    assert _rows(projected[..., D:]).data_ptr() == projected[..., D:].data_ptr()
+    assert _rows(projected[:, :1, :D]).data_ptr() == projected.data_ptr()  # a decoding step
+
+
+def test_triton_steps_equal_one_call():
+    x, weight, bias, state = (t.detach().float().to(DEVICE) for t in make_inputs(2, 7))
+    whole = causal_conv1d(x, weight, bias, activation="silu", initial_state=state, backend="triton")
+    ys = []
+    for x_t in x.split(1, dim=1):
+        y, state = causal_conv1d(x_t, weight, bias, activation="silu", initial_state=state, backend="triton")
+        ys.append(y)
+    torch.testing.assert_close((torch.cat(ys, 1), state), whole)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_triton_compiles_without_graph_breaks(packed):
+    from riverrun.kernels.causal_conv1d.triton_op import causal_conv1d_triton
+
+    inputs = [t.detach().float().to(DEVICE).requires_grad_() for t in make_inputs(1, 9, num_states=2 if packed else 1)]
+    cu_seqlens = bounds_of([4, 5]).to(DEVICE) if packed else None
+
+    def run(x, weight, bias, state):
+        return causal_conv1d_triton(x, weight, bias, True, state, cu_seqlens)
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    got = with_gradients(*(t.cpu() for t in compiled(*inputs)), inputs)
+    torch.testing.assert_close(got, with_gradients(*(t.cpu() for t in run(*inputs)), inputs), rtol=0, atol=0)
+
+
+def test_triton_bad_options():
+    x, weight, *_ = (t.detach().float().to(DEVICE) for t in make_inputs(2, 6))
+    with pytest.raises(ValueError, match="one row"):
+        causal_conv1d(x, weight, cu_seqlens=bounds_of([2, 4]), backend="triton")
+    with pytest.raises(ValueError, match="use backend='chunked' for float64"):
+        causal_conv1d(x.double(), weight, backend="triton")
+    with pytest.raises(ValueError, match="up to 8 taps"):
+        causal_conv1d(x, torch.zeros(D, 9, device=DEVICE), backend="triton")
+
+
+def test_compiles_for_hopper():
+    """The kernels of gated_rms_norm as well."""
+    kernels = compile_for_hopper(Path(__file__).with_name("launches_layer.py"))
+    assert {k["kernel"] for k in kernels} == {"forward_kernel", "backward_kernel", "initial_gradient_kernel"}
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED_LIMIT
+        widest = kernel["launch"] == "launch_norm_of_the_most_channels"
+        assert kernel["stack"] <= (1024 if widest else 0), f"spills: {kernel}"
+        # none at every step, but where the channels are too few to be loaded as vectors
+        assert kernel["converts"] <= 5, kernel

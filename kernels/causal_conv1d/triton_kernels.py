@@ -1,0 +1,367 @@
+"""Depthwise causal convolution over time in Triton: every input is read once, every output written once.
+
+A program owns BD channels of one *lane*, a stretch of tokens of one row, and steps through it with the last W − 1
+inputs in registers, U tokens loaded at a time. It reads the W − 1 inputs before its first token itself: lanes are
+independent of each other. In the rows of a batch nothing else happens. In packed documents a lane also keeps the bounds
+of the document it is in, which it finds by bisection, and takes the initial state into its window where a document
+starts. These bounds are scalars, the same for all channels, which is why a program has a single lane.
+
+The backward kernel steps the same way. It computes the input of the SiLU again, and with it g_t, the gradient of that
+input; and it keeps W − 1 pending sums: token t adds w_{W−1−k} g_t to the gradient of x_{t−k}, unless a document starts
+between the two, and completes that of x_{t−W+1}. So a lane runs W − 1 tokens further than those it owns.
+
+Numbers of tokens and documents are not specialised on: they change from batch to batch, and none is part of a stride.
+"""
+
+import triton
+import triton.language as tl
+
+from riverrun.kernels.common.triton_math import sigmoid
+
+
+@triton.jit
+def _only_if(condition, d, D: tl.constexpr):
+    """Which of the channels d there are; none unless the scalar `condition` holds. (In the interpreter a vector & a
+    scalar is no mask.)"""
+    return d < tl.where(condition, D, 0)
+
+
+@triton.jit
+def _taps(weight, bias, d, D: tl.constexpr, W: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """The W columns of the weight, oldest tap first, and the bias; (BD,) each."""
+    taps = ()
+    for k in tl.static_range(W):
+        taps = taps + (tl.load(weight + d * W + k, mask=d < D, other=0.0).to(tl.float32),)
+    if HAS_BIAS:
+        offset = tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)
+    else:
+        offset = tl.zeros(d.shape, tl.float32)
+    return taps, offset
+
+
+@triton.jit
+def _document_at(cu_seqlens, t, S):
+    """The document of token t, its first token, and the first token after it."""
+    s, above = t * 0, t * 0 + S
+    while above - s > 1:
+        middle = (s + above) // 2
+        before = tl.load(cu_seqlens + middle).to(tl.int32) <= t
+        s = tl.where(before, middle, s)
+        above = tl.where(before, above, middle)
+    return s, tl.load(cu_seqlens + s).to(tl.int32), tl.load(cu_seqlens + s + 1).to(tl.int32)
+
+
+@triton.jit
+def _enter_document(cu_seqlens, t, T, s, first, bound):
+    """Whether a document starts at token t, and the three numbers of `_document_at` for it."""
+    starts = (t == bound) & (t < T)
+    s += starts.to(tl.int32)
+    first = tl.where(starts, t, first)
+    bound = tl.where(starts, tl.load(cu_seqlens + s + 1, mask=starts, other=0).to(tl.int32), bound)
+    return starts, s, first, bound
+
+
+@triton.jit
+def _window_before(p, stride, initial, s, position, d, D: tl.constexpr, W: tl.constexpr, HAS_INITIAL: tl.constexpr):
+    """The W − 1 inputs before the token at `p`, which is number `position` of its sequence s, oldest first."""
+    window = ()
+    for k in tl.static_range(W - 1):
+        own = position >= W - 1 - k
+        x = tl.load(p - (W - 1 - k) * stride, mask=_only_if(own, d, D), other=0.0).to(tl.float32)
+        if HAS_INITIAL:
+            state = initial + (s.to(tl.int64) * (W - 1) + position + k) * D + d
+            x += tl.load(state, mask=_only_if(position < W - 1 - k, d, D), other=0.0).to(tl.float32)
+        window = window + (x,)
+    return window
+
+
+@triton.jit
+def _window_at_start(window, starts, initial, s, d, D: tl.constexpr, W: tl.constexpr, HAS_INITIAL: tl.constexpr):
+    """The initial state of sequence s in place of the window where a document starts."""
+    out = ()
+    for k in tl.static_range(W - 1):
+        if HAS_INITIAL:
+            state = initial + (s.to(tl.int64) * (W - 1) + k) * D + d
+            fresh = tl.load(state, mask=_only_if(starts, d, D), other=0.0).to(tl.float32)
+        else:
+            fresh = 0.0
+        out = out + (tl.where(starts, fresh, window[k]),)
+    return out
+
+
+@triton.jit
+def _load_tokens(p, stride, left, d, D: tl.constexpr, U: tl.constexpr):
+    """The next U tokens, in their own dtype, of lanes that have `left` tokens left."""
+    out = ()
+    for j in tl.static_range(U):
+        out = out + (tl.load(p + j * stride, mask=_only_if(left > j, d, D), other=0.0),)
+    return out
+
+
+@triton.jit
+def _convolve(window, x, taps, offset, W: tl.constexpr):
+    z = x * taps[W - 1] + offset
+    for k in tl.static_range(W - 1):
+        z += window[k] * taps[k]
+    return z
+
+
+@triton.jit
+def _push(window, x, W: tl.constexpr):
+    """The window one token later."""
+    out = ()
+    for k in tl.static_range(1, W - 1):
+        out = out + (window[k],)
+    if W > 1:
+        out = out + (x,)
+    return out
+
+
+@triton.jit
+def _silu_slope(z):
+    """d silu(z) / dz."""
+    s = sigmoid(z)
+    return s * (1.0 + z * (1.0 - s))
+
+
+@triton.jit
+def _bounds(cu_seqlens, s, T, PACKED: tl.constexpr):
+    """The first token of sequence s in the flattened batch, and its length, both int64."""
+    if PACKED:
+        first = tl.load(cu_seqlens + s).to(tl.int64)
+        length = tl.load(cu_seqlens + s + 1).to(tl.int64) - first
+    else:
+        first = s.to(tl.int64) * T
+        length = first * 0 + T
+    return first, length
+
+
+@triton.jit
+def _store_final(
+    x, stride, initial, cu_seqlens, final, s, d, T,
+    D: tl.constexpr, W: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """The last W − 1 inputs of sequence s, reaching back into its initial state."""
+    first, length = _bounds(cu_seqlens, s, T, PACKED)
+    p_state = s.to(tl.int64) * ((W - 1) * D) + d
+    for k in tl.static_range(W - 1):
+        t = length - (W - 1) + k
+        state = tl.load(x + (first + t) * stride + d, mask=_only_if(t >= 0, d, D), other=0.0)
+        if HAS_INITIAL:
+            p_before = initial + p_state + (length + k) * D
+            state = tl.where(t >= 0, state, tl.load(p_before, mask=_only_if(t < 0, d, D), other=0.0))
+        tl.store(final + p_state + k * D, state, mask=d < D)
+
+
+@triton.jit(do_not_specialize=["T", "S", "length", "lanes"])
+def forward_kernel(
+    x,  # (B·T, D), rows `stride` apart
+    weight,  # (D, W)
+    bias,  # (D,)
+    initial,  # (S, W − 1, D)
+    cu_seqlens,  # (S + 1,), of packed documents
+    y,  # (B, T, D)
+    final,  # (S, W − 1, D)
+    T,
+    S,
+    stride,
+    length,  # tokens of a lane, multiple of U
+    lanes,  # of all rows; the programs after them write the final states
+    D: tl.constexpr,
+    W: tl.constexpr,
+    SILU: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    PACKED: tl.constexpr,
+    BD: tl.constexpr,
+    U: tl.constexpr,
+):
+    columns: tl.constexpr = (D + BD - 1) // BD
+    lane = tl.program_id(0) // columns
+    d = (tl.program_id(0) % columns) * BD + tl.arange(0, BD)
+    if lane < lanes:
+        taps, offset = _taps(weight, bias, d, D, W, HAS_BIAS)
+        chunks = tl.cdiv(T, length)
+        b = lane // chunks
+        t = (lane % chunks) * length
+        left = T - t  # tokens to the end of the row
+        if PACKED:
+            s, first, bound = _document_at(cu_seqlens, t, S)
+        else:
+            s, first, bound = b, t * 0, t * 0 + T
+        token = b.to(tl.int64) * T + t
+        p_x = x + token * stride + d
+        p_y = y + token * D + d
+        window = _window_before(p_x, stride, initial, s, t - first, d, D, W, HAS_INITIAL)
+        for _ in range(0, length, U):
+            group = _load_tokens(p_x, stride, left, d, D, U)
+            for j in tl.static_range(U):
+                if PACKED:
+                    starts, s, first, bound = _enter_document(cu_seqlens, t + j, T, s, first, bound)
+                    window = _window_at_start(window, starts, initial, s, d, D, W, HAS_INITIAL)
+                x_j = group[j].to(tl.float32)
+                z = _convolve(window, x_j, taps, offset, W)
+                if SILU:
+                    z *= sigmoid(z)
+                tl.store(p_y + j * D, z.to(y.dtype.element_ty), mask=_only_if(left > j, d, D))
+                window = _push(window, x_j, W)
+            p_x += U * stride
+            p_y += U * D
+            t += U
+            left -= U
+    else:
+        _store_final(x, stride, initial, cu_seqlens, final, lane - lanes, d, T, D, W, HAS_INITIAL, PACKED)
+
+
+@triton.jit(do_not_specialize=["T", "S", "steps"])
+def backward_kernel(
+    grad_y,  # (B·T, D), rows `grad_stride` apart
+    grad_final,  # (S, W − 1, D)
+    x,  # as in the forward kernel
+    weight,
+    bias,
+    initial,
+    cu_seqlens,
+    grad_x,  # (B, T, D)
+    shares,  # (lanes, W + 1, D) float32: each lane's share of the gradients of weight and bias
+    T,
+    S,
+    grad_stride,
+    stride,
+    steps,  # tokens that a lane runs through, multiple of U; it owns the first `steps` − (W − 1)
+    D: tl.constexpr,
+    W: tl.constexpr,
+    SILU: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    HAS_FINAL: tl.constexpr,
+    PACKED: tl.constexpr,
+    BD: tl.constexpr,
+    U: tl.constexpr,
+):
+    columns: tl.constexpr = (D + BD - 1) // BD
+    lane = tl.program_id(0) // columns
+    d = (tl.program_id(0) % columns) * BD + tl.arange(0, BD)
+    taps, offset = _taps(weight, bias, d, D, W, HAS_BIAS)
+
+    owned = steps - (W - 1)
+    chunks = tl.cdiv(T, owned)
+    b = lane // chunks
+    begin = (lane % chunks) * owned
+    end = tl.minimum(begin + owned, T)
+    t = begin
+    left = T - t  # tokens to the end of the row
+    if PACKED:
+        s, first, bound = _document_at(cu_seqlens, t, S)
+    else:
+        s, first, bound = b, t * 0, t * 0 + T
+    token = b.to(tl.int64) * T + t
+    p_x = x + token * stride + d
+    p_grad = grad_y + token * grad_stride + d
+    p_out = grad_x + (token - (W - 1)) * D + d
+    window = _window_before(p_x, stride, initial, s, t - first, d, D, W, HAS_INITIAL)
+    nothing = tl.zeros([BD], tl.float32)
+    pending = ()  # of the tokens 1, 2, …, W − 1 before
+    for _ in tl.static_range(W - 1):
+        pending = pending + (nothing,)
+    sums = ()
+    for _ in tl.static_range(W + 1):
+        sums = sums + (nothing,)
+    for _ in range(0, steps, U):
+        group = _load_tokens(p_x, stride, left, d, D, U)
+        grads = _load_tokens(p_grad, grad_stride, left, d, D, U)
+        for j in tl.static_range(U):
+            if PACKED:
+                starts, s, first, bound = _enter_document(cu_seqlens, t + j, T, s, first, bound)
+                window = _window_at_start(window, starts, initial, s, d, D, W, HAS_INITIAL)
+            x_j = group[j].to(tl.float32)
+            g = grads[j].to(tl.float32)
+            if SILU:
+                g *= _silu_slope(_convolve(window, x_j, taps, offset, W))
+
+            counted = tl.where(t + j < end, g, 0.0)
+            grown = ()
+            for k in tl.static_range(W - 1):
+                grown = grown + (sums[k] + counted * window[k],)
+            sums = grown + (sums[W - 1] + counted * x_j, sums[W] + counted)
+            window = _push(window, x_j, W)
+
+            by_x = g * taps[W - 1]
+            if HAS_FINAL:
+                to_end = bound - (t + j)
+                p_final = grad_final + (s.to(tl.int64) * (W - 1) + (W - 1 - to_end)) * D + d
+                near = (left > j) & (to_end < W)
+                by_x += tl.load(p_final, mask=_only_if(near, d, D), other=0.0).to(tl.float32)
+            shifted = (by_x,)
+            for k in tl.static_range(1, W):
+                reaching = tl.where(t + j - first >= k, g, 0.0) if PACKED else g
+                shifted = shifted + (pending[k - 1] + reaching * taps[W - 1 - k],)
+            at = t + j - (W - 1)
+            done = shifted[W - 1].to(grad_x.dtype.element_ty)
+            tl.store(p_out + j * D, done, mask=_only_if((at >= begin) & (at < end), d, D))
+            pending = ()
+            for k in tl.static_range(W - 1):
+                pending = pending + (shifted[k],)
+        p_x += U * stride
+        p_grad += U * grad_stride
+        p_out += U * D
+        t += U
+        left -= U
+    p_share = shares + lane.to(tl.int64) * ((W + 1) * D) + d
+    for k in tl.static_range(W + 1):
+        tl.store(p_share + k * D, sums[k], mask=d < D)
+
+
+@triton.jit(do_not_specialize=["T"])
+def initial_gradient_kernel(
+    grad_y,  # as in the backward kernel
+    grad_final,
+    x,
+    weight,
+    bias,
+    initial,
+    cu_seqlens,
+    grad_initial,  # (S, W − 1, D)
+    T,
+    grad_stride,
+    stride,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    SILU: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_FINAL: tl.constexpr,
+    PACKED: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """The first W − 1 tokens of a sequence again, for the gradient of what stood before them."""
+    columns: tl.constexpr = (D + BD - 1) // BD
+    d = (tl.program_id(0) % columns) * BD + tl.arange(0, BD)
+    s = tl.program_id(0) // columns
+    taps, offset = _taps(weight, bias, d, D, W, HAS_BIAS)
+    first, length = _bounds(cu_seqlens, s, T, PACKED)
+    state = s.to(tl.int64) * ((W - 1) * D) + d
+    window = ()
+    sums = ()
+    for k in tl.static_range(W - 1):
+        window = window + (tl.load(initial + state + k * D, mask=d < D, other=0.0).to(tl.float32),)
+        grad = tl.zeros([BD], tl.float32)
+        if HAS_FINAL:  # a sequence shorter than the state leaves a part of its initial state in the final one
+            p_final = grad_final + state + (k - length) * D
+            grad += tl.load(p_final, mask=_only_if(length <= k, d, D), other=0.0).to(tl.float32)
+        sums = sums + (grad,)
+    for t in tl.static_range(W - 1):
+        within = _only_if(length > t, d, D)
+        x_t = tl.load(x + (first + t) * stride + d, mask=within, other=0.0).to(tl.float32)
+        g = tl.load(grad_y + (first + t) * grad_stride + d, mask=within, other=0.0).to(tl.float32)
+        if SILU:
+            g *= _silu_slope(_convolve(window, x_t, taps, offset, W))
+        window = _push(window, x_t, W)
+        grown = ()
+        for k in tl.static_range(W - 1):
+            if k >= t:
+                grown = grown + (sums[k] + g * taps[k - t],)
+            else:
+                grown = grown + (sums[k],)
+        sums = grown
+    for k in tl.static_range(W - 1):
+        tl.store(grad_initial + state + k * D, sums[k].to(grad_initial.dtype.element_ty), mask=d < D)

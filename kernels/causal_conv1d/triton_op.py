@@ -1,0 +1,213 @@
+"""The Triton convolution as a torch operator: launches and gradients. The method is told in `triton_kernels.py`."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+
+from riverrun.kernels.causal_conv1d.triton_kernels import backward_kernel, forward_kernel, initial_gradient_kernel
+from riverrun.kernels.common.shooting import NAMESPACE
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the work is cut.
+
+    Attributes:
+        channels: of a program; fewer where there are fewer.
+        per_thread: channels that a thread holds.
+        group: tokens that are loaded at a time.
+        steps: tokens that a lane runs through, a multiple of `group`.
+    """
+
+    channels: int
+    per_thread: int
+    group: int
+    steps: int
+
+    @property
+    def warps(self) -> int:
+        return max(1, self.channels // (32 * self.per_thread))
+
+    def lanes(self, B: int, T: int, overlap: int) -> int:
+        """Of B rows of T tokens, where `overlap` of a lane's tokens belong to the next."""
+        return B * triton.cdiv(T, self.steps - overlap)
+
+    def fitted(self, B: int, T: int, D: int, overlap: int, multiprocessors: int) -> "Launch":
+        """For D channels; with shorter lanes where these would leave the device idle."""
+        launch = replace(self, channels=min(self.channels, triton.next_power_of_2(D)))
+        warps = triton.cdiv(D, launch.channels) * launch.warps
+        while launch.steps > SHORTEST and launch.lanes(B, T, overlap) * warps < FULL * multiprocessors:
+            launch = replace(launch, steps=launch.steps // 2)
+        return replace(launch, steps=min(launch.steps, triton.cdiv(T + overlap, self.group) * self.group))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"BD": self.channels, "num_warps": self.warps}
+
+
+FORWARD = Launch(channels=512, per_thread=8, group=8, steps=128)
+BACKWARD = Launch(channels=512, per_thread=4, group=4, steps=128)
+SHORTEST = 16  # steps of a lane, more than the largest overlap
+FULL = 16  # warps a multiprocessor
+
+
+def _multiprocessors(x: torch.Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(B, T, D) → (B·T, D) with neighbouring channels: a view where the strides allow it."""
+    rows = x.reshape(-1, x.shape[2])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def convolve(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    silu: bool,
+    initial: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """→ y (B, T, D), final state (S, W − 1, D), both in the dtype of `x`."""
+    (B, T, D), W = x.shape, weight.shape[1]
+    S = B if cu_seqlens is None else len(cu_seqlens) - 1
+    launch = FORWARD.fitted(B, T, D, 0, _multiprocessors(x))
+    rows = _rows(x)
+    y, final = x.new_empty(B, T, D), x.new_empty(S, W - 1, D)
+    lanes = launch.lanes(B, T, 0)
+    forward_kernel[((lanes + S) * triton.cdiv(D, launch.channels),)](
+        rows, weight, weight if bias is None else bias, final if initial is None else initial,
+        y if cu_seqlens is None else cu_seqlens, y, final,
+        T, S, rows.stride(0), launch.steps, lanes,
+        D=D, W=W, SILU=silu, HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None,
+        PACKED=cu_seqlens is not None, U=launch.group, **launch.options,
+    )  # fmt: skip
+    return y, final
+
+
+def convolve_backward(
+    grad_y: torch.Tensor,
+    grad_final: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    silu: bool,
+    initial: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """→ the gradients of x, of weight and bias (W + 1, D) in float32, and of the initial state (empty if none)."""
+    (B, T, D), W = x.shape, weight.shape[1]
+    S = B if cu_seqlens is None else len(cu_seqlens) - 1
+    launch = BACKWARD.fitted(B, T, D, W - 1, _multiprocessors(x))
+    rows, grad_rows = _rows(x), _rows(grad_y)
+    grad_x = x.new_empty(B, T, D)
+    columns, lanes = triton.cdiv(D, launch.channels), launch.lanes(B, T, W - 1)
+    shares = x.new_empty(lanes, W + 1, D, dtype=torch.float32)
+    grad_initial = x.new_empty(0 if initial is None else initial.shape)
+    tensors = (
+        grad_rows, grad_x if grad_final is None else grad_final,
+        rows, weight, weight if bias is None else bias, grad_x if initial is None else initial,
+        grad_x if cu_seqlens is None else cu_seqlens,
+    )  # fmt: skip
+    strides = grad_rows.stride(0), rows.stride(0)
+    options = launch.options | {
+        "D": D, "W": W, "SILU": silu,
+        "HAS_BIAS": bias is not None, "HAS_FINAL": grad_final is not None, "PACKED": cu_seqlens is not None,
+    }  # fmt: skip
+    backward_kernel[(lanes * columns,)](
+        *tensors, grad_x, shares, T, S, *strides, launch.steps,
+        HAS_INITIAL=initial is not None, U=launch.group, **options,
+    )  # fmt: skip
+    if initial is not None and W > 1:
+        initial_gradient_kernel[(S * columns,)](*tensors, grad_initial, T, *strides, **options)
+    return grad_x, shares.sum(0), grad_initial
+
+
+@torch.library.custom_op(f"{NAMESPACE}::causal_conv1d_triton", mutates_args=())
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    silu: bool,
+    initial: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return convolve(x, weight, bias, silu, initial, cu_seqlens)
+
+
+@_forward.register_fake
+def _(x, weight, bias, silu, initial, cu_seqlens):
+    B, T, D = x.shape
+    S = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty(B, T, D), x.new_empty(S, weight.shape[1] - 1, D)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::causal_conv1d_triton_backward", mutates_args=())
+def _backward(
+    grad_y: torch.Tensor,
+    grad_final: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    silu: bool,
+    initial: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return convolve_backward(grad_y, grad_final, x, weight, bias, silu, initial, cu_seqlens)
+
+
+@_backward.register_fake
+def _(grad_y, grad_final, x, weight, bias, silu, initial, cu_seqlens):
+    shares = x.new_empty(weight.shape[1] + 1, x.shape[2], dtype=torch.float32)
+    return x.new_empty(x.shape), shares, x.new_empty(0 if initial is None else initial.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, ctx.silu, initial, cu_seqlens = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, initial, cu_seqlens)
+
+
+def _gradient(ctx, grad_y, grad_final):
+    x, weight, bias, initial, cu_seqlens = ctx.saved_tensors
+    grad_y = x.new_zeros(x.shape) if grad_y is None else grad_y
+    grad_final = None if grad_final is None else grad_final.contiguous()
+    grad_x, shares, grad_initial = _backward(grad_y, grad_final, x, weight, bias, ctx.silu, initial, cu_seqlens)
+    grad_weight, grad_bias = shares.split([weight.shape[1], 1])
+    return (
+        grad_x,
+        grad_weight.T.to(weight.dtype),
+        None if bias is None else grad_bias[0].to(bias.dtype),
+        None,
+        None if initial is None else grad_initial,
+        None,
+    )
+
+
+_forward.register_autograd(_gradient, setup_context=_setup_context)
+
+
+def causal_conv1d_triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    silu: bool,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`riverrun.kernels.causal_conv1d.causal_conv1d`; `initial_state` has the dtype of `x`.
+
+    The values of `cu_seqlens` are not checked: the host does not wait for them.
+    """
+    bias = None if bias is None else bias.contiguous()
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    if cu_seqlens is not None:
+        if x.shape[0] != 1:
+            raise ValueError(
+                f"cu_seqlens describes documents packed into one row: expected batch size 1, got {x.shape[0]}"
+            )
+        cu_seqlens = cu_seqlens.to(x.device).contiguous()
+    return _forward(x, weight.contiguous(), bias, silu, initial_state, cu_seqlens)
