@@ -154,7 +154,7 @@ def define_op(name: str, cell: Cell) -> Callable[..., torch.Tensor]:
         max_passes: int,
     ) -> torch.Tensor:
         chunks = chunk_layout(gates, chunk_size, cu_seqlens)
-        return _solve(name, cell, gates, weight, initial_state, chunks, tolerance, max_passes)
+        return solve(name, cell, gates, weight, initial_state, chunks, tolerance, max_passes)
 
     @forward.register_fake
     def _(gates, weight, initial_state, cu_seqlens, chunk_size, tolerance, max_passes):
@@ -174,7 +174,7 @@ def define_op(name: str, cell: Cell) -> Callable[..., torch.Tensor]:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         chunks = chunk_layout(gates, chunk_size, cu_seqlens)
         first = sequence_bounds(gates, cu_seqlens)[:-1].to(gates.device)
-        return _solve_backward(cell, grad, states, gates, weight, initial_state, first, chunks, parallel)
+        return solve_backward(cell, grad, states, gates, weight, initial_state, first, chunks, parallel)
 
     @backward.register_fake
     def _(grad, states, gates, weight, initial_state, cu_seqlens, chunk_size, parallel):
@@ -233,7 +233,7 @@ def final_state(states: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.
     return states[:, 0].index_select(1, cu_seqlens[1:].long() - 1).transpose(0, 1).contiguous()
 
 
-def _solve(
+def solve(
     name: str,
     cell: Cell,
     gates: torch.Tensor,
@@ -381,7 +381,7 @@ def _product(steps: Jacobian) -> Jacobian:
     return [[x[:, 0] for x in row] for row in steps]
 
 
-def _solve_backward(
+def solve_backward(
     cell: Cell,
     grad: torch.Tensor,
     states: torch.Tensor,

@@ -5,6 +5,7 @@ gathered is: tokens are laid out step by step, all sequences that still run side
 the pre-activations of all steps in one product, and takes the gradient of the weights in another.
 """
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -60,12 +61,8 @@ class _Recurrence(torch.autograd.Function):
         u, weight, joined, initial, states = ctx.saved_tensors
         active, back = ctx.active, CELLS[ctx.cell].back
         # the state before each step is that of the same sequence's place in the step before
-        places, start = [], 0
-        for n in active[:-1]:
-            places.append(torch.arange(start, start + n, device=u.device))
-            start += n
-        before = [initial] + [states[p[:n]] for p, n in zip(places, active[1:])]
-        before = torch.cat(before)
+        starts = accumulate(active[:-1], initial=0)
+        before = torch.cat([initial, *(states[start : start + n] for start, n in zip(starts, active[1:]))])
         rec = _recur(before[:, -1], joined, u.dtype)
         by_u, by_rec = torch.empty_like(rec), torch.empty_like(rec)
         carry = torch.zeros_like(initial)

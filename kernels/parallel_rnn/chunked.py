@@ -12,7 +12,7 @@ import torch
 from torch.func import vjp
 
 from riverrun.kernels.common.chunks import chunk_layout, sequence_bounds
-from riverrun.kernels.common.shooting import Jacobian, States, _solve, _solve_backward
+from riverrun.kernels.common.shooting import Jacobian, States, solve, solve_backward
 
 
 class DerivedCell:
@@ -56,7 +56,7 @@ class _Solve(torch.autograd.Function):
     def forward(ctx: Any, gates, weight, initial_state, cu_seqlens, name, step, chunk_size, tolerance, max_passes):
         cell = DerivedCell(step, initial_state.shape[1], weight)
         chunks = chunk_layout(gates, chunk_size, cu_seqlens)
-        states = _solve(name, cell, gates, weight, initial_state, chunks, tolerance, max_passes)
+        states = solve(name, cell, gates, weight, initial_state, chunks, tolerance, max_passes)
         ctx.save_for_backward(states, gates, weight, initial_state, cu_seqlens)
         ctx.step, ctx.chunk_size, ctx.parallel = step, chunk_size, max_passes > 0
         return states
@@ -69,7 +69,7 @@ class _Solve(torch.autograd.Function):
         chunks = chunk_layout(gates, ctx.chunk_size, cu_seqlens)
         first = sequence_bounds(gates, cu_seqlens)[:-1].to(gates.device)
         with torch.autocast(gates.device.type, enabled=False):  # as the forward pass was called
-            grads = _solve_backward(cell, grad, states, gates, weight, initial_state, first, chunks, ctx.parallel)
+            grads = solve_backward(cell, grad, states, gates, weight, initial_state, first, chunks, ctx.parallel)
         return *grads, *[None] * 6
 
 
