@@ -7,7 +7,7 @@ from typer.core import TyperGroup
 
 from riverrun import __version__
 from riverrun.launch import console
-from riverrun.launch.commands import config, data, doctor, export, generate, quickstart, recipes, train
+from riverrun.launch.commands import bench, config, data, doctor, export, generate, quickstart, recipes, train
 from riverrun.launch.commands import eval as evaluation
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -71,6 +71,7 @@ app.command("generate", rich_help_panel=MODELS)(generate.generate)
 app.command("export", rich_help_panel=MODELS)(export.export)
 app.command("import", rich_help_panel=MODELS)(export.import_)
 app.command("doctor", rich_help_panel=MACHINE)(doctor.doctor)
+app.command("bench", rich_help_panel=MACHINE)(bench.bench)
 app.command("quickstart", rich_help_panel=MACHINE)(quickstart.quickstart)
 
 

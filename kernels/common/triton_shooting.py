@@ -18,7 +18,7 @@ STEPS = 8  # tokens that are loaded ahead as a group, and between checkpoints. T
 BURN_IN = 64  # tokens
 FULL, OVERFULL = 480, 1000  # lanes a multiprocessor: when chunks are not needed, and when there are enough of them
 SHORTEST_CHUNK = 128  # tokens; below, the burn-in costs more than the parallelism gains
-FORWARD_LANES_PER_THREAD, BACKWARD_LANES_PER_THREAD = 2, 1
+FORWARD_LANES_PER_THREAD, BACKWARD_LANES_PER_THREAD = 2, 2
 MAX_LANES = 512  # of a program
 BACKWARD_PASSES = 2  # it is linear: the second is from exact starts
 

@@ -1,0 +1,7 @@
+"""Benchmarks of the kernels, for `riverrun bench`. The protocol is in docs/benchmark-protocol.md."""
+
+from riverrun.kernels.benchmarks.benchmark import Benchmark
+from riverrun.kernels.benchmarks.head_rnn import HEAD_RNN
+from riverrun.kernels.benchmarks.para import PARA_GRU, PARA_LSTM
+
+BENCHMARKS: dict[str, Benchmark] = {b.name: b for b in (PARA_GRU, PARA_LSTM, HEAD_RNN)}

@@ -1,0 +1,275 @@
+"""What `riverrun bench` writes: tables in Markdown, a plot, and every number as JSON."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from riverrun import __version__
+from riverrun.kernels.benchmarks.benchmark import Benchmark, Case
+from riverrun.kernels.benchmarks.run import Result
+from riverrun.kernels.benchmarks.timing import Time
+
+PROTOCOL = "docs/benchmark-protocol.md"
+
+
+class Grid(NamedTuple):
+    """A table; all columns but the first hold figures."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def markdown(self) -> str:
+        """Aligned, so that it reads in a terminal as well."""
+        widths = [max(map(len, column)) for column in zip(self.columns, *self.rows)]
+        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+        lines = [
+            [text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(zip(line, widths))]
+            for line in (self.columns, rule, *self.rows)
+        ]
+        return "\n".join([f"**{self.title}**", "", *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+@dataclass
+class Report:
+    """All of one run. `bandwidth`: bytes a second of a copy on the device. `cold`: the compilers' caches were empty."""
+
+    benchmark: Benchmark
+    case: Case
+    bandwidth: float
+    repeats: int
+    command: str
+    cold: bool
+    results: dict[str, list[Result]] = field(default_factory=dict)
+    sweep: list[tuple[Case, list[Result]]] = field(default_factory=list)
+
+    def floor(self, case: Case) -> tuple[float, float]:
+        """The least time, in milliseconds, of forward and backward: their bytes at the speed of a copy."""
+        size = case.elements * case.dtype.itemsize / self.bandwidth * 1e3
+        return self.benchmark.forward_numbers(case) * size, self.benchmark.backward_numbers(case) * size
+
+    def grids(self) -> list[Grid]:
+        found = [grid for regime in self.results for grid in (self._times(regime), self._costs(regime))]
+        return found + ([self._sweep("forward"), self._sweep("backward")] if self.sweep else [])
+
+    def notes(self) -> list[str]:
+        """What must be known to read the tables."""
+        lines = [f"{regime}: {self.benchmark.regimes[regime]}" for regime in self.results]
+        lines.append(
+            f"HBM floor: {self.benchmark.formula}, at the {self.bandwidth / 1e12:.2f} TB/s that a copy on the device "
+            "reads and writes"
+        )
+        lines.append(
+            "times are medians in milliseconds, the layer's forward and backward together; × is the multiple of the "
+            "first row's"
+        )
+        cold = (
+            "compilation included; kernels that a row above, or the regime before, has compiled are not compiled again"
+        )
+        warm = "with what compilers had cached before"
+        lines.append(f"first call: seconds of forward, then with its backward pass, {cold if self.cold else warm}")
+        if self.case.device.type == "cpu":
+            lines.append("times on a CPU depend on what else it does: they say little, and nothing about a GPU")
+        for result in next(iter(self.results.values()), []):
+            if result.note:
+                lines.append(f"{result.name}: {result.note}")
+        return lines
+
+    def missing(self) -> list[str]:
+        """Every contender that could not be measured in full, by the reason."""
+        names: dict[str, list[str]] = {}
+        for result in (r for found in self.results.values() for r in found):
+            if result.skipped and result.name not in names.setdefault(result.skipped, []):
+                names[result.skipped].append(result.name)
+        lengths: dict[tuple[str, str], list[str]] = {}  # of the sweep, where the reason is another one
+        for case, found in self.sweep:
+            for r in found:
+                if r.skipped and r.name not in names.get(r.skipped, []):
+                    lengths.setdefault((r.skipped, r.name), []).append(str(case.T))
+        lines = [f"{', '.join(group)}: {reason}" for reason, group in names.items()]
+        return lines + [f"{name} at T = {', '.join(at)}: {why}" for (why, name), at in lengths.items()]
+
+    def headline(self) -> str:
+        case = self.case
+        cell = f", {case.cell}" if case.cell else ""
+        return (
+            f"{self.benchmark.name}{cell}: B={case.B} T={case.T} D={case.D}, {case.H} heads, {_dtype(case)}, "
+            f"{self.repeats} repeats"
+        )
+
+    def environment(self) -> dict[str, Any]:
+        cuda = self.case.device.type == "cuda"
+        return {
+            "riverrun": __version__,
+            "device": torch.cuda.get_device_name(self.case.device) if cuda else f"CPU, {platform.machine()}",
+            "threads": None if cuda else torch.get_num_threads(),
+            "torch": torch.__version__,
+            "triton": _version_of_triton(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version() if cuda else None,
+            "python": platform.python_version(),
+            "float32 matrix products": torch.get_float32_matmul_precision(),
+            "tf32 in cuDNN": torch.backends.cudnn.allow_tf32,
+        }
+
+    def _times(self, regime: str) -> Grid:
+        results = self.results[regime]
+        first, rows = results[0], []
+        for r in results:
+            if not any((r.forward, r.backward, r.layer)):
+                continue
+            cells = [r.name]
+            for ours, theirs in ((first.forward, r.forward), (first.backward, r.backward), (first.layer, r.layer)):
+                cells += [_time(theirs), f"{theirs.median / ours.median:.2f}" if ours and theirs else "–"]
+            rows.append((*cells, "–" if r.first_call is None else f"{r.first_call:.1f}"))
+        forward, backward = self.floor(self.case)
+        floor = ["HBM floor"]
+        for ours, least in ((first.forward, forward), (first.backward, backward)):
+            floor += [f"{least:.3f}", f"{least / ours.median:.2f}" if ours else "–"]
+        rows.append((*floor, "–", "–", "–"))
+        columns = ("contender", "forward", "×", "backward", "×", "layer", "×", "first call")
+        return Grid(f"Time, {regime}", columns, rows)
+
+    def _costs(self, regime: str) -> Grid:
+        measured = [r for r in self.results[regime] if r.first_call is not None]
+        errors = ("h", "gates' gradient", "weights' gradient")
+        rows = [
+            (
+                r.name,
+                *(_mebibytes(x) for x in (r.forward_memory, r.backward_memory, r.layer_memory)),
+                *(f"{r.error[e]:.1e}" if e in r.error else "–" for e in errors),
+                _passes(r),
+            )
+            for r in measured
+        ]
+        length = next((r.error_len for r in measured if r.error_len), None)
+        at = "" if length is None else f" at T={length}"
+        columns = ("contender", "forward", "fwd+bwd", "layer", "h", "dgates", "dweights", "passes")
+        return Grid(f"Peak MiB, and relative error against float64{at}, {regime}", columns, rows)
+
+    def _sweep(self, what: str) -> Grid:
+        names = swept(self.sweep, what)
+        rows = []
+        for case, results in self.sweep:
+            found = {r.name: getattr(r, what) for r in results}
+            floor = self.floor(case)[what == "backward"]
+            figures = (f"{t.median:.3f}" if (t := found.get(name)) else "–" for name in names)
+            rows.append((f"{case.T}", f"{case.B}", *figures, f"{floor:.3f}"))
+        return Grid(f"Median {what} ms over T", ("T", "B", *names, "HBM floor"), rows)
+
+
+def write(report: Report, folder: Path) -> list[Path]:
+    """OP.json and OP.md, and OP.png if there was a sweep. What was there is replaced."""
+    name = report.benchmark.name
+    paths = [folder / f"{name}.json", folder / f"{name}.md"]
+    if report.sweep:
+        paths.append(folder / f"{name}.png")
+        _plot(report, paths[-1])
+    paths[0].write_text(json.dumps(_document(report), indent=2) + "\n")
+    paths[1].write_text(_markdown(report))
+    return paths
+
+
+def swept(sweep: list[tuple[Case, list[Result]]], what: str) -> list[str]:
+    """The contenders that were measured at any length, in their order."""
+    measured = {r.name for _, results in sweep for r in results if getattr(r, what)}
+    return [r.name for r in sweep[0][1] if r.name in measured]
+
+
+def _document(report: Report) -> dict[str, Any]:
+    def results(case: Case, found: list[Result]) -> dict[str, Any]:
+        forward, backward = report.floor(case)
+        return {
+            "case": asdict(case) | {"dtype": _dtype(case), "device": case.device.type},
+            "hbm_floor_ms": {"forward": forward, "backward": backward},
+            "contenders": [asdict(r) for r in found],
+        }
+
+    return {
+        "op": report.benchmark.name,
+        "command": report.command,
+        "repeats": report.repeats,
+        "cold_caches": report.cold,
+        "environment": report.environment(),
+        "copy_bandwidth": report.bandwidth,
+        "regimes": {regime: results(report.case, found) for regime, found in report.results.items()},
+        "sweep": [results(case, found) for case, found in report.sweep],
+    }
+
+
+def _markdown(report: Report) -> str:
+    environment = ", ".join(f"{k} {v}" for k, v in report.environment().items() if v is not None)
+    parts = [f"# {report.headline()}", f"```\n{report.command}\n```", f"{environment}. The protocol: `{PROTOCOL}`."]
+    parts += [grid.markdown() for grid in report.grids()]
+    if report.sweep:
+        parts.append(f"![time over sequence length]({report.benchmark.name}.png)")
+    parts += ["Notes", "\n".join(f"- {line}" for line in report.notes())]
+    if missing := report.missing():
+        parts += ["Not measured", "\n".join(f"- {line}" for line in missing)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _plot(report: Report, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(13, 6), layout="constrained", sharex=True, sharey=True)
+    lengths = [case.T for case, _ in report.sweep]
+    names = swept(report.sweep, "forward")
+    for i, (panel, what) in enumerate(zip(panels, ("forward", "backward"))):
+        for j, name in enumerate(names):
+            points = [(case.T, t.median) for case, rs in report.sweep for r in rs if r.name == name
+                      if (t := getattr(r, what))]  # fmt: skip
+            style = "-" if name.startswith("riverrun") else "--"
+            color = plt.get_cmap("tab20")(j % 20)
+            panel.plot(*zip(*points), style, color=color, marker=".", label=name)
+        floors = [report.floor(case)[i] for case, _ in report.sweep]
+        panel.plot(lengths, floors, ":", color="black", label="HBM floor")
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set(xlabel="sequence length T", title=what)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("ms, median")
+    case = report.case
+    rows = f"B = max(1, {case.B * case.T:,} / T) rows"
+    figure.suptitle(f"{report.benchmark.name} {case.cell}: D={case.D}, {_dtype(case)}, {rows}".replace(" :", ":"))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=144)
+    plt.close(figure)
+
+
+def _time(time: Time | None) -> str:
+    return "–" if time is None else f"{time.median:.3f}"
+
+
+def _mebibytes(size: int | None) -> str:
+    return "–" if size is None else f"{size / 2**20:,.0f}"
+
+
+def _passes(result: Result) -> str:
+    """Of the forward solve, and how many of its pieces did not converge in them, if any."""
+    s = result.solver
+    if s is None:
+        return "–"
+    if not s["pieces"]:
+        return "sequential"
+    return f"{s['passes']}" + (f", {s['fallbacks']} of {s['pieces']} fell back" if s["fallbacks"] else "")
+
+
+def _dtype(case: Case) -> str:
+    return str(case.dtype).removeprefix("torch.")
+
+
+def _version_of_triton() -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return None

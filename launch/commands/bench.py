@@ -1,0 +1,126 @@
+"""`riverrun bench`: how fast a kernel is, beside its alternatives, on this machine."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from riverrun.launch.console import err, out
+
+SHORTEST, LONGEST = 1 << 4, 1 << 18  # of the sweep
+
+
+def bench(
+    op: Annotated[str, typer.Argument(help="para_gru, para_lstm or head_rnn.", show_default=False)],
+    batch: Annotated[int, typer.Option(min=1, help="Rows, B.")] = 8,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens a row, T.")] = 4096,
+    width: Annotated[int, typer.Option(min=1, help="Channels, D.")] = 2048,
+    heads: Annotated[
+        int, typer.Option(min=1, help="Blocks of the layer's projection; heads of head_rnn's recurrence.")
+    ] = 8,
+    cell: Annotated[str | None, typer.Option(help="Of head_rnn: lstm, slstm, gru or elman; default: lstm.")] = None,
+    dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of gates, inputs and outputs.")] = "bf16",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto is CUDA where there is any.")] = "auto",
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Timed calls of each figure; fewer than 20 are a smoke test.")
+    ] = 30,
+    only: Annotated[
+        str, typer.Option(help="Contenders to measure: beginnings of their names, with commas between them.")
+    ] = "",
+    sweep: Annotated[
+        bool, typer.Option("--sweep/--no-sweep", help="Also time over sequence lengths, at the same tokens in all.")
+    ] = True,
+    sweep_max: Annotated[int, typer.Option(min=SHORTEST, help="The longest sequence of the sweep.")] = LONGEST,
+    keep_caches: Annotated[
+        bool, typer.Option(help="Use what compilers have cached: quicker, but first calls do not count compilation.")
+    ] = False,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="The folder for the table and the plot; default: bench/OP.")
+    ] = None,
+) -> None:
+    """Time a kernel beside its alternatives, in one run on the same inputs.
+
+    Measures forward, backward, the layer with all gradients, peak memory, the first call with compilation, and the
+    error against float64; then the time over sequence lengths. Writes OP.md, OP.json and OP.png. Contenders that are
+    not installed, or fail, are listed with the reason. docs/benchmark-protocol.md says how it is done.
+    """
+    import sys
+    from importlib import import_module
+
+    import torch
+    from rich.text import Text
+
+    from riverrun.eval.models import resolve_device
+    from riverrun.kernels.benchmarks import BENCHMARKS
+    from riverrun.kernels.benchmarks.benchmark import Case
+    from riverrun.kernels.benchmarks.run import compare, select
+    from riverrun.kernels.benchmarks.run import sweep as sweep_lengths
+    from riverrun.kernels.benchmarks.timing import copy_bandwidth
+    from riverrun.launch.bench_report import Report, write
+
+    if op not in BENCHMARKS:
+        raise ValueError(f"there is no benchmark of {op!r}; choose one of {', '.join(BENCHMARKS)}")
+    benchmark = BENCHMARKS[op]
+    if width % heads:
+        raise ValueError(f"--width {width} is not divisible by --heads {heads}")
+    if cell is not None and cell not in benchmark.cells:
+        fix = f"choose one of {', '.join(benchmark.cells)}" if benchmark.cells else "leave --cell out"
+        raise ValueError(f"{op} has no cell {cell!r}; {fix}")
+    where = resolve_device(device)
+    if where.index is not None:
+        torch.cuda.set_device(where)
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    case = Case(batch, seq_len, width, heads, types[dtype], where, cell or next(iter(benchmark.cells), ""))
+    names = tuple(name.strip() for name in only.split(",") if name.strip())
+    select(benchmark.contenders(case), names)  # a wrong name is told at once
+    folder = out_dir or Path("bench", op)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    command = " ".join(["riverrun", *sys.argv[1:]])
+    with nullcontext() if keep_caches else empty_caches(), err.status("copy bandwidth") as status:
+        report = Report(benchmark, case, copy_bandwidth(where, repeats), repeats, command, cold=not keep_caches)
+        for regime in benchmark.regimes:
+            status.update(f"{op}, {regime}")
+            found = report.results.setdefault(regime, [])
+            for result in compare(benchmark, case, regime, import_module, repeats=repeats, only=names):
+                found.append(result)
+                status.update(f"{op}, {regime}: {result.name} is done")
+            paths = write(report, folder)
+        if sweep:
+            lengths = [1 << n for n in range(SHORTEST.bit_length() - 1, sweep_max.bit_length())]
+            for shape, results in sweep_lengths(benchmark, case, lengths, import_module, repeats=repeats, only=names):
+                report.sweep.append((shape, results))
+                status.update(f"{op}: T={shape.T} is done")
+                paths = write(report, folder)  # what there is stays if the run is cut off
+
+    out.print(Text(report.headline(), style="bold"), soft_wrap=True)
+    out.print(Text(", ".join(f"{k} {v}" for k, v in report.environment().items() if v is not None)), soft_wrap=True)
+    for grid in report.grids():
+        out.print(Text(f"\n{grid.markdown()}\n"), soft_wrap=True)
+    for line in report.notes():
+        out.print(Text(line), soft_wrap=True)
+    for line in report.missing():
+        out.print(Text(f"not measured: {line}", style="yellow"), soft_wrap=True)
+    out.print(Text(", ".join(map(str, paths))), soft_wrap=True)
+
+
+@contextmanager
+def empty_caches() -> Iterator[None]:
+    """Compilers start from nothing, so that first calls include compilation; what was compiled before is kept."""
+    names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+    before = {name: os.environ.get(name) for name in names}
+    with tempfile.TemporaryDirectory(prefix="riverrun-bench-", ignore_cleanup_errors=True) as folder:
+        for name in names:
+            os.environ[name] = str(Path(folder, name.split("_")[0].lower()))
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
