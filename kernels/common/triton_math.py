@@ -1,4 +1,4 @@
-"""Nonlinearities in float32 for Triton kernels, through one exponential and one reciprocal each.
+"""Nonlinearities in float32 for Triton kernels, through one exponential and one reciprocal each; matrix products.
 
 Absolute errors are about 1e-7 everywhere, which is what a recurrent state needs; the hardware's own tanh errs by 5e-4.
 No argument gives NaN: the exponential underflows to 0 or saturates at infinity, whose reciprocal is 0.
@@ -51,3 +51,15 @@ def tanh(x):
 def log_sigmoid(x):
     """log σ(x) = min(x, 0) − log(1 + e^−|x|)."""
     return tl.minimum(x, 0.0) - tl.log(1.0 + exp(-tl.abs(x)))
+
+
+@triton.jit
+def dot(a, b, acc=None, EXACT: tl.constexpr = True):
+    """a b (+ acc) of two matrices of one type, with sums in float32. Operands in float32 are cut to 11 bits if not
+    EXACT."""
+    if INTERPRETED:  # it would multiply the bits of bfloat16 as integers
+        out = tl.dot(a.to(tl.float32), b.to(tl.float32))
+        if acc is not None:
+            out += acc
+        return out
+    return tl.dot(a, b, acc, input_precision="tf32x3" if EXACT else "tf32")

@@ -6,6 +6,8 @@ from riverrun.kernels.common.backend import check_shape, resolve_backend
 from riverrun.kernels.gated_delta.chunked import gated_delta_chunked
 from riverrun.kernels.gated_delta.reference import gated_delta_reference
 
+LARGEST, MOST_STEPS = 256, 64  # head size and Householder steps a token of the Triton kernels
+
 
 def gated_delta(
     q: torch.Tensor,
@@ -18,6 +20,7 @@ def gated_delta(
     qk_l2norm: bool = False,
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    beta_max: float = 2.0,
     backend: str = "auto",
     chunk_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,7 +28,9 @@ def gated_delta(
 
     Source: Gated DeltaNet (arXiv 2412.06464, eq. 10) with the n steps of DeltaProduct (arXiv 2502.10297, §3).
     Arithmetic is float32 (float64 if `q` is float64), also under autocast; keep torch's float32 matmul precision at
-    "highest" if β may exceed 1. Values are not checked. The state stays bounded for keys of at most unit length.
+    "highest" if β may exceed 1. The Triton kernels multiply in the inputs' type, and in two parts each what a state is
+    made of if `beta_max` > 1: a reflection does not let errors fade. Values are not checked. The state stays bounded
+    for keys of at most unit length.
 
     Args:
         q: (B, T, H, K), queries.
@@ -37,7 +42,8 @@ def gated_delta(
         qk_l2norm: first scale q and k to unit length, x / sqrt(Σ x² + 1e-6), in the precision of the arithmetic.
         initial_state: (S, H, K, V), zeros if None. S is the batch size, or the number of documents.
         cu_seqlens: (S + 1,) integers rising from 0 to T: the bounds of documents packed into a batch of one row.
-        backend: "auto", "reference" or "chunked" (see `resolve_backend`).
+        beta_max: the largest β there may be. Up to 1 the Triton kernels are faster and round more.
+        backend: "auto", "reference", "chunked" or "triton" (see `resolve_backend`).
         chunk_size: Householder steps a chunk in the chunked backend, rounded down to whole tokens; changes speed,
             not the result.
 
@@ -66,8 +72,18 @@ def gated_delta(
     if chunk_size < 1:
         raise ValueError(f"gated_delta: chunk_size must be at least 1, got {chunk_size}")
     scale = K**-0.5 if scale is None else scale
-    chosen = resolve_backend("gated_delta", backend, q, T)
+    if backend == "triton" and (max(K, V) > LARGEST or n > MOST_STEPS):
+        raise ValueError(
+            f"gated_delta: the Triton kernels take K and V up to {LARGEST} and n up to {MOST_STEPS}, got K={K}, V={V}, "
+            f"n={n}; use backend='chunked'"
+        )
+    # "auto" stays with the chunked form until the kernels have been checked on a card
+    chosen = resolve_backend("gated_delta", backend, q, T, has_triton=backend == "triton")
     with torch.autocast(q.device.type, enabled=False):
         if chosen == "reference":
             return gated_delta_reference(q, k, v, beta, g, scale, qk_l2norm, initial_state, cu_seqlens)
+        if chosen == "triton":
+            from riverrun.kernels.gated_delta.triton_op import gated_delta_triton
+
+            return gated_delta_triton(q, k, v, beta, g, scale, qk_l2norm, initial_state, cu_seqlens, exact=beta_max > 1)
         return gated_delta_chunked(q, k, v, beta, g, scale, qk_l2norm, initial_state, cu_seqlens, chunk_size)

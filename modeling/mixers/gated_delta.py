@@ -50,7 +50,7 @@ class GatedDelta(Mixer):
             dt = F.softplus(at_least_fp32(self.a_proj(hidden)) + at_least_fp32(self.dt_bias))
             g = -at_least_fp32(self.A_log).exp() * dt
         y, state = gated_delta(
-            q, k, v, beta, g, qk_l2norm=True,
+            q, k, v, beta, g, qk_l2norm=True, beta_max=2.0 if o.allow_neg_eigval else 1.0,
             initial_state=None if states is None or layout.cu_seqlens is not None else states.get("delta"),
             cu_seqlens=layout.cu_seqlens, chunk_size=o.chunk_size,
         )  # fmt: skip

@@ -1,0 +1,146 @@
+"""gated_delta in Triton, run by its interpreter, against the step loop in float64; and compiled without a GPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from compiling import SHARED_LIMIT, compile_for_hopper
+
+from riverrun.kernels.gated_delta import gated_delta, triton_op
+
+
+@pytest.fixture
+def chunk(monkeypatch):
+    """Sets the sub-steps of a chunk, for short sequences of several."""
+    return lambda size: monkeypatch.setattr(triton_op, "CHUNK", size)
+
+
+def make_inputs(B, T, n=1, H=2, K=16, V=16, S=None, gate="mild", beta=None, dtype=torch.float32):
+    """q, k, v, beta, g, initial_state."""
+    q, k, v = torch.randn(B, T, H, K), torch.randn(B, T, n, H, K), torch.randn(B, T, n, H, V)
+    betas = 2 * torch.rand(B, T, n, H) if beta is None else torch.full((B, T, n, H), float(beta))
+    g = None if gate is None else -0.3 * torch.rand(B, T, H)
+    if gate == "strong":
+        g[:, ::3] = -80.0
+    state = torch.randn(S or B, H, K, V)
+    return [*(x.to(dtype) for x in (q, k, v)), betas, g, state]
+
+
+def run(inputs, dtype=None, **options):
+    """o, final state, and the gradients."""
+    leaves = [None if x is None else x.to(dtype or x.dtype).detach().requires_grad_() for x in inputs]
+    *tensors, state = leaves
+    o, final = gated_delta(*tensors, scale=0.3, initial_state=state, **{"qk_l2norm": True} | options)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(x.shape, generator=generator).to(x) for x in (o, final)]
+    return [o, final, *torch.autograd.grad((o, final), [x for x in leaves if x is not None], upstream)]
+
+
+def errors(inputs, **options):
+    want = run(inputs, torch.float64, backend="reference", **{k: v for k, v in options.items() if k != "beta_max"})
+    got = run(inputs, backend="triton", **options)
+    return [((a - b).norm() / b.norm().clamp_min(1e-9)).item() for a, b in zip(got, want)]
+
+
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 50])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_equals_reference(T, n, chunk):
+    chunk(16)
+    assert max(errors(make_inputs(1, T, n))) < 1e-5
+
+
+def test_equals_reference_in_chunks_of_64():
+    """All four block rows of a chunk."""
+    assert max(errors(make_inputs(1, 70))) < 1e-5
+    assert max(errors(make_inputs(1, 30, 3, H=1))) < 1e-5
+
+
+@pytest.mark.parametrize("K, V", [(32, 48), (48, 16), (20, 5), (3, 33)])
+def test_head_sizes(K, V, chunk):
+    """Tiles that divide, and tiles that are padded."""
+    chunk(32)
+    assert max(errors(make_inputs(2, 40, H=1, K=K, V=V))) < 1e-5
+
+
+@pytest.mark.parametrize("gate", [None, "strong"])
+def test_gates(gate, chunk):
+    chunk(16)
+    assert max(errors(make_inputs(1, 40, 2, gate=gate))) < 1e-5
+
+
+@pytest.mark.parametrize("beta", [0, 1, 2])
+def test_steps_of_one_size(beta, chunk):
+    chunk(32)
+    inputs = make_inputs(1, 70, H=1, gate=None, beta=beta)
+    inputs[1][:, 10:60] = inputs[1][:, 10:11]  # repeated keys
+    inputs[1].copy_(torch.nn.functional.normalize(inputs[1], dim=-1))
+    assert max(errors(inputs)) < 1e-5
+    if beta < 2:  # without norms in the kernel
+        assert max(errors(inputs, qk_l2norm=False)) < 1e-5
+
+
+@pytest.mark.parametrize("bounds", [[0, 1, 2, 19, 40], [0, 16, 17, 40], [0, 39, 40], [0, 40]])
+def test_documents(bounds, chunk):
+    chunk(16)
+    inputs = make_inputs(1, 40, S=len(bounds) - 1)
+    assert max(errors(inputs, cu_seqlens=torch.tensor(bounds))) < 1e-5
+
+
+def test_narrow_types(chunk):
+    chunk(16)
+    assert max(errors(make_inputs(1, 40, dtype=torch.bfloat16))) < 2e-2
+    inputs = make_inputs(1, 40, dtype=torch.float16)
+    inputs[3] /= 2
+    assert max(errors(inputs)) < 1e-3
+    assert max(errors(inputs, beta_max=1)) < 2e-3
+
+
+def test_a_thousand_reflections():
+    """No decay, β = 2 and keys in three dimensions, as state tracking learns them: errors never fade. In float16, for
+    the interpreter cuts numbers to bfloat16 instead of rounding them, and all its errors point one way."""
+    T, K, V = 1024, 32, 16
+    q, k, v, beta, _, state = make_inputs(1, T, H=1, K=K, V=V, gate=None, beta=2)
+    k = torch.randn(1, T, 1, 1, 3) @ torch.linalg.qr(torch.randn(K, 3))[0].mT
+    q, k, v = q.half(), k.half(), torch.zeros_like(v).half()
+
+    def final(dtype, **options):
+        tensors = (x.to(dtype) for x in (q, k, v))
+        beta_, state_ = (x.to(torch.promote_types(dtype, torch.float32)) for x in (beta, state))
+        return gated_delta(*tensors, beta_, initial_state=state_, qk_l2norm=True, **options)[1]
+
+    want = final(torch.float64, backend="chunked")
+    chunked = (final(torch.float32, backend="chunked") - want).norm()
+    assert (final(torch.float16, backend="triton") - want).norm() < 10 * chunked
+    assert (final(torch.float16, backend="triton", beta_max=1) - want).norm() > 100 * chunked  # what rounding would do
+
+
+def test_only_what_is_asked_for(chunk):
+    """A loss of o alone, or of the final state alone; no initial state."""
+    chunk(16)
+    inputs = make_inputs(1, 20)[:5]
+    for which in (0, 1):
+        grads = []
+        for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+            leaves = [x.to(dtype).requires_grad_() for x in inputs]
+            loss = gated_delta(*leaves, backend=backend, qk_l2norm=True)[which].square().sum()
+            grads.append(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+        for got, want in zip(*grads):
+            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_user_errors():
+    q, k, v, beta, g, _ = make_inputs(1, 4, K=512, V=16)
+    with pytest.raises(ValueError, match="take K and V up to 256 and n up to 64, got K=512"):
+        gated_delta(q, k, v, beta, g, backend="triton")
+
+
+def test_compiles_for_hopper():
+    kernels = compile_for_hopper(Path(__file__).with_name("launches_gated_delta.py"))
+    names = {"inverse_kernel", "scores_kernel", "forward_kernel", "backward_kernel", "gradients_kernel"}
+    assert {k["kernel"] for k in kernels} == names
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED_LIMIT, kernel
+        if kernel["launch"] == "launch_gated_deltanet" and kernel["kernel"] != "gradients_kernel":
+            assert kernel["stack"] <= 16, f"spills: {kernel}"
+        if kernel["kernel"] in ("forward_kernel", "backward_kernel", "gradients_kernel"):
+            assert kernel["wgmma"] > 0, kernel
