@@ -25,7 +25,7 @@ class Grid(NamedTuple):
 
     def markdown(self) -> str:
         """Aligned, so that it reads in a terminal as well."""
-        widths = [max(map(len, column)) for column in zip(self.columns, *self.rows)]
+        widths = [max(2, *map(len, column)) for column in zip(self.columns, *self.rows)]
         rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
         lines = [
             [text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(zip(line, widths))]
@@ -95,9 +95,9 @@ class Report:
 
     def headline(self) -> str:
         case = self.case
-        cell = f", {case.cell}" if case.cell else ""
+        variant = f", {case.variant}" if case.variant else ""
         return (
-            f"{self.benchmark.name}{cell}: B={case.B} T={case.T} D={case.D}, {case.H} heads, {_dtype(case)}, "
+            f"{self.benchmark.name}{variant}: B={case.B} T={case.T} D={case.D}, {case.H} heads, {_dtype(case)}, "
             f"{self.repeats} repeats"
         )
 
@@ -136,7 +136,7 @@ class Report:
 
     def _costs(self, regime: str) -> Grid:
         measured = [r for r in self.results[regime] if r.first_call is not None]
-        errors = ("h", "gates' gradient", "weights' gradient")
+        errors = ("output", "gradients")
         rows = [
             (
                 r.name,
@@ -148,7 +148,7 @@ class Report:
         ]
         length = next((r.error_len for r in measured if r.error_len), None)
         at = "" if length is None else f" at T={length}"
-        columns = ("contender", "forward", "fwd+bwd", "layer", "h", "dgates", "dweights", "passes")
+        columns = ("contender", "forward", "fwd+bwd", "layer", *errors, "passes")
         return Grid(f"Peak MiB, and relative error against float64{at}, {regime}", columns, rows)
 
     def _sweep(self, what: str) -> Grid:
@@ -238,7 +238,7 @@ def _plot(report: Report, path: Path) -> None:
     panels[0].set_ylabel("ms, median")
     case = report.case
     rows = f"B = max(1, {case.B * case.T:,} / T) rows"
-    figure.suptitle(f"{report.benchmark.name} {case.cell}: D={case.D}, {_dtype(case)}, {rows}".replace(" :", ":"))
+    figure.suptitle(f"{report.benchmark.name} {case.variant}: D={case.D}, {_dtype(case)}, {rows}".replace(" :", ":"))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=144)
     plt.close(figure)

@@ -20,7 +20,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """The shapes of a run: B rows of T tokens, D channels in H heads; `cell` for ops of several cells, else ""."""
+    """The shapes of a run: B rows of T tokens, D channels in H heads; `variant` of ops that have several, else ""."""
 
     B: int
     T: int
@@ -28,7 +28,7 @@ class Case:
     H: int
     dtype: torch.dtype
     device: torch.device
-    cell: str = ""
+    variant: str = ""
 
     @property
     def elements(self) -> int:
@@ -87,7 +87,8 @@ class Benchmark:
         forward_numbers, backward_numbers: how many numbers of the inputs' type an element (B · T · D) must be read and
             written at least, and `formula`, the same in words.
         sequences: the inputs with axes (B, T, …), which are cut where the reference would take too long.
-        cells: the choices of `Case.cell`, the first being the default.
+        variants: the choices of `Case.variant`, the first being the default.
+        width, heads: D and H where nothing else is asked for.
     """
 
     name: str
@@ -95,8 +96,10 @@ class Benchmark:
     regimes: dict[str, str]
     contenders: Callable[[Case], list[Contender]]
     reference: Callable[[Inputs, Case], Work]
-    forward_numbers: Callable[[Case], int]
-    backward_numbers: Callable[[Case], int]
+    forward_numbers: Callable[[Case], float]
+    backward_numbers: Callable[[Case], float]
     formula: str
     sequences: tuple[str, ...] = ("x", "gates")
-    cells: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
+    width: int = 2048
+    heads: int = 8

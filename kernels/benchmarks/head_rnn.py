@@ -20,7 +20,7 @@ FLASHRNN_BACKENDS = ("cuda_fused", "cuda", "triton_fused")
 def inputs(case: Case, regime: str) -> Inputs:
     """x ~ N(0, 1) through a projection that keeps its variance; recurrent weights N(0, 1 / K)."""
     like: dict[str, Any] = {"device": case.device, "dtype": case.dtype}
-    G, K = len(CELLS[case.cell].gates), case.D // case.H
+    G, K = len(CELLS[case.variant].gates), case.D // case.H
     x = torch.randn(case.B, case.T, case.D, **like)
     projection = torch.randn(case.H, K, G, K, **like) / math.sqrt(K)
     bias = torch.zeros(G, case.D, **like)
@@ -35,10 +35,10 @@ def ours(backend: str = "auto") -> Callable[..., Work]:
 
         def layer() -> torch.Tensor:
             u = block_linear(x, projection) + bias
-            return head_rnn(u.view(gates.shape), weight, case.cell, backend=backend)[0]
+            return head_rnn(u.view(gates.shape), weight, case.variant, backend=backend)[0]
 
         return Work(
-            lambda: head_rnn(gates, weight, case.cell, backend=backend)[0],
+            lambda: head_rnn(gates, weight, case.variant, backend=backend)[0],
             (gates, weight),
             layer,
             (x, projection, bias, weight),
@@ -49,7 +49,7 @@ def ours(backend: str = "auto") -> Callable[..., Work]:
 
 def compiled(inputs: Inputs, case: Case, load: Load) -> Work:
     gates, weight = inputs["gates"], inputs["weight"]
-    cell = CELLS[case.cell]
+    cell = CELLS[case.variant]
 
     def step(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
         *state, u, weight = arguments
@@ -67,14 +67,14 @@ def flashrnn(backend: str) -> Callable[..., Work]:
     def build(inputs: Inputs, case: Case, load: Load) -> Work:
         run = load("flashrnn").flashrnn
         gates, weight = inputs["gates"], inputs["weight"]
-        order = [2, 0, 1] if case.cell == "gru" else list(range(len(weight)))
-        biases = len(weight) + (case.cell == "gru")
+        order = [2, 0, 1] if case.variant == "gru" else list(range(len(weight)))
+        biases = len(weight) + (case.variant == "gru")
         bias = torch.zeros(biases, *weight.shape[1:3], device=case.device, dtype=case.dtype)
         dtype = str(case.dtype).removeprefix("torch.")
 
         def forward() -> torch.Tensor:
             R = weight[order].transpose(2, 3).contiguous()
-            return run(gates, R, bias, function=case.cell, backend=backend, dtype=dtype)[0][0]
+            return run(gates, R, bias, function=case.variant, backend=backend, dtype=dtype)[0][0]
 
         return Work(forward, (gates, weight))
 
@@ -98,8 +98,8 @@ def contenders(case: Case) -> list[Contender]:
         Contender("compiled torch loop", compiled, f"torch.compile of the step; {cap}", max_len=LOOP_STEPS),
     ]
     found += [Contender(f"flashrnn {name}", flashrnn(name), needs_cuda=True) for name in FLASHRNN_BACKENDS]
-    if case.cell in CUDNN:
-        found.append(cudnn(CUDNN[case.cell]))
+    if case.variant in CUDNN:
+        found.append(cudnn(CUDNN[case.variant]))
     other = "other maths: a linear recurrence with a K × K state a head"
     found.append(Contender("fla chunk_simple_gla", simple_gla, other, same_maths=False, needs_cuda=True))
     return found + linear_scans()
@@ -111,8 +111,8 @@ HEAD_RNN = Benchmark(
     regimes={"fresh": "gates' pre-activations N(0, 1), recurrent weights N(0, 1 / head size)"},
     contenders=contenders,
     reference=ours("reference"),
-    forward_numbers=lambda case: len(CELLS[case.cell].gates) + 1,
-    backward_numbers=lambda case: 2 * len(CELLS[case.cell].gates) + 1,
+    forward_numbers=lambda case: len(CELLS[case.variant].gates) + 1,
+    backward_numbers=lambda case: 2 * len(CELLS[case.variant].gates) + 1,
     formula="forward G gates + h = G + 1 numbers an element; backward G gates + dL/dh + G gradients = 2 G + 1",
-    cells=tuple(CELLS),
+    variants=tuple(CELLS),
 )

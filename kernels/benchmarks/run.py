@@ -24,7 +24,7 @@ class Result:
     Attributes:
         name, note: of the contender.
         skipped: why it was not measured, or None.
-        error: the relative error against float64 of h, of the gates' and of the weights' gradients, at T = `error_len`.
+        error: the relative error against float64 of the output, and the worst of the gradients', at T = `error_len`.
         solver: what the forward solve did, where there is one.
         first_call: seconds, compilation included: forward alone, then with its backward pass.
     """
@@ -166,7 +166,7 @@ def reference_length(case: Case) -> int:
 def estimated_bytes(benchmark: Benchmark, case: Case) -> int:
     """The inputs, the results and gradients of one contender, and float32 states: rather too little than too much."""
     numbers = benchmark.forward_numbers(case) + 1 + 2 * benchmark.backward_numbers(case)
-    return case.elements * (numbers * case.dtype.itemsize + 4)
+    return int(case.elements * (numbers * case.dtype.itemsize + 4))
 
 
 def _measure(op: str, work: Work, device: torch.device, repeats: int, result: Result) -> None:
@@ -221,12 +221,9 @@ def _outcome(work: Work, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def _errors(got: list[torch.Tensor], want: list[torch.Tensor]) -> dict[str, float]:
-    """‖x − x₆₄‖ / ‖x₆₄‖ of h, of the gates' gradient, and of the worst of the weights' gradients."""
+    """‖x − x₆₄‖ / ‖x₆₄‖ of the output, and the worst of the gradients'."""
     errors = [((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in zip(got, want)]
-    named = {"h": errors[0]}
-    if len(got) == len(want):
-        named |= {"gates' gradient": errors[1], "weights' gradient": max(errors[2:])}
-    return named
+    return {"output": errors[0]} | ({"gradients": max(errors[1:])} if errors[1:] else {})
 
 
 def _cut(inputs: Inputs, sequences: tuple[str, ...], T: int) -> Inputs:

@@ -15,14 +15,20 @@ SHORTEST, LONGEST = 1 << 4, 1 << 18  # of the sweep
 
 
 def bench(
-    op: Annotated[str, typer.Argument(help="para_gru, para_lstm or head_rnn.", show_default=False)],
+    op: Annotated[str, typer.Argument(help="para_gru, para_lstm, head_rnn, gated_delta or ssd.", show_default=False)],
     batch: Annotated[int, typer.Option(min=1, help="Rows, B.")] = 8,
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens a row, T.")] = 4096,
-    width: Annotated[int, typer.Option(min=1, help="Channels, D.")] = 2048,
+    width: Annotated[int | None, typer.Option(min=1, help="Channels, D; default: 2048, 4096 for ssd.")] = None,
     heads: Annotated[
-        int, typer.Option(min=1, help="Blocks of the layer's projection; heads of head_rnn's recurrence.")
-    ] = 8,
-    cell: Annotated[str | None, typer.Option(help="Of head_rnn: lstm, slstm, gru or elman; default: lstm.")] = None,
+        int | None,
+        typer.Option(min=1, help="Of the recurrence, or blocks of the layer's projection; default: the op's."),
+    ] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            help="Of head_rnn: lstm, slstm, gru or elman; of gated_delta: n=1, n=2 or n=3; default: the first."
+        ),
+    ] = None,
     dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of gates, inputs and outputs.")] = "bf16",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto is CUDA where there is any.")] = "auto",
     repeats: Annotated[
@@ -65,16 +71,17 @@ def bench(
     if op not in BENCHMARKS:
         raise ValueError(f"there is no benchmark of {op!r}; choose one of {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[op]
+    width, heads = width or benchmark.width, heads or benchmark.heads
     if width % heads:
         raise ValueError(f"--width {width} is not divisible by --heads {heads}")
-    if cell is not None and cell not in benchmark.cells:
-        fix = f"choose one of {', '.join(benchmark.cells)}" if benchmark.cells else "leave --cell out"
-        raise ValueError(f"{op} has no cell {cell!r}; {fix}")
+    if variant is not None and variant not in benchmark.variants:
+        fix = f"choose one of {', '.join(benchmark.variants)}" if benchmark.variants else "leave --variant out"
+        raise ValueError(f"{op} has no variant {variant!r}; {fix}")
     where = resolve_device(device)
     if where.index is not None:
         torch.cuda.set_device(where)
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    case = Case(batch, seq_len, width, heads, types[dtype], where, cell or next(iter(benchmark.cells), ""))
+    case = Case(batch, seq_len, width, heads, types[dtype], where, variant or next(iter(benchmark.variants), ""))
     names = tuple(name.strip() for name in only.split(",") if name.strip())
     select(benchmark.contenders(case), names)  # a wrong name is told at once
     folder = out_dir or Path("bench", op)

@@ -19,7 +19,8 @@ from riverrun.launch import cli
 ROOT = Path(__file__).parents[2]
 TINY = ["--batch", "1", "--seq-len", "32", "--width", "16", "--heads", "2", "--device", "cpu", "--dtype", "fp32",
         "--repeats", "2"]  # fmt: skip
-CASES = [("para_gru", ""), ("para_lstm", ""), *(("head_rnn", cell) for cell in BENCHMARKS["head_rnn"].cells)]
+RNNS = [("para_gru", ""), ("para_lstm", ""), *(("head_rnn", cell) for cell in BENCHMARKS["head_rnn"].variants)]
+LINEAR = [("ssd", ""), *(("gated_delta", steps) for steps in BENCHMARKS["gated_delta"].variants)]
 
 
 def invoke(*args):
@@ -42,7 +43,7 @@ def compare(benchmark, case, **options):
 def errors(op, case, build, inputs=None):
     """Of one contender, against float64."""
     benchmark = BENCHMARKS[op]
-    inputs = inputs or run.make_inputs(benchmark, case, "fresh")
+    inputs = inputs or run.make_inputs(benchmark, case, next(iter(benchmark.regimes)))
     double = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
     got, want = build(inputs, case, nothing), benchmark.reference(double, case)
     return run._errors(run._outcome(got, case.dtype), run._outcome(want, case.dtype))
@@ -94,23 +95,26 @@ def test_writes_a_table_a_plot_and_every_number(tmp_path):
 
 
 def test_head_rnn_of_one_cell_without_a_sweep(tmp_path):
-    options = ["--cell", "gru", "--no-sweep", "--only", "riverrun", "--keep-caches"]
+    options = ["--variant", "gru", "--no-sweep", "--only", "riverrun", "--keep-caches"]
     result = invoke("head_rnn", *TINY, *options, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert "with what compilers had cached before" in result.stdout and "compilation included" not in result.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["head_rnn.json", "head_rnn.md"]
     document = json.loads((tmp_path / "head_rnn.json").read_text())
-    assert document["regimes"]["fresh"]["case"]["cell"] == "gru"
+    assert document["regimes"]["fresh"]["case"]["variant"] == "gru"
     assert all(c["layer"]["median"] > 0 for c in document["regimes"]["fresh"]["contenders"])
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["para_gruu"], "there is no benchmark of 'para_gruu'; choose one of para_gru, para_lstm, head_rnn"),
+        (
+            ["para_gruu"],
+            "there is no benchmark of 'para_gruu'; choose one of para_gru, para_lstm, head_rnn, gated_delta, ssd",
+        ),
         (["para_gru", "--width", "10", "--heads", "4"], "--width 10 is not divisible by --heads 4"),
-        (["para_gru", "--cell", "lstm"], "para_gru has no cell 'lstm'; leave --cell out"),
-        (["head_rnn", "--cell", "gruu"], "head_rnn has no cell 'gruu'; choose one of lstm, slstm, gru, elman"),
+        (["para_gru", "--variant", "lstm"], "para_gru has no variant 'lstm'; leave --variant out"),
+        (["head_rnn", "--variant", "gruu"], "head_rnn has no variant 'gruu'; choose one of lstm, slstm, gru, elman"),
         (["para_gru", *TINY, "--only", "cudnn"], "no contender is called 'cudnn'; choose among riverrun auto, "),
         (["para_gru", "--device", "cuda:99"], "device cuda:99 was asked for, but torch sees "),
     ],
@@ -137,10 +141,10 @@ assert not heavy, heavy
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(op in done.stdout for op in BENCHMARKS)
-    assert all(cell in done.stdout for b in BENCHMARKS.values() for cell in b.cells)
+    assert all(v in done.stdout for b in BENCHMARKS.values() for v in b.variants)
 
 
-@pytest.mark.parametrize(("op", "cell"), CASES)
+@pytest.mark.parametrize(("op", "cell"), RNNS + LINEAR)
 def test_every_form_of_ours_computes_the_op(op, cell):
     case = case_of(cell)
     for contender in BENCHMARKS[op].contenders(case):
@@ -148,7 +152,7 @@ def test_every_form_of_ours_computes_the_op(op, cell):
             assert max(errors(op, case, contender.build).values()) < 1e-5, contender.name
 
 
-@pytest.mark.parametrize(("op", "cell"), CASES)
+@pytest.mark.parametrize(("op", "cell"), RNNS)
 def test_the_compiled_loop_computes_the_op(op, cell, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda step, **options: step)  # the compiler itself takes a while
     case = case_of(cell)
@@ -156,7 +160,7 @@ def test_the_compiled_loop_computes_the_op(op, cell, monkeypatch):
     assert max(errors(op, case, loop.build).values()) < 1e-5
 
 
-@pytest.mark.parametrize(("op", "cell"), CASES)
+@pytest.mark.parametrize(("op", "cell"), RNNS)
 def test_the_layer_is_the_kernel_after_its_projection(op, cell):
     case = case_of(cell)
     inputs = run.make_inputs(BENCHMARKS[op], case, list(BENCHMARKS[op].regimes)[-1])
@@ -294,6 +298,29 @@ def test_flashrnn_gets_its_layout(cell):
     packages = {"flashrnn": SimpleNamespace(flashrnn=stand_in)}
     build = flashrnn("cuda")
     assert max(errors("head_rnn", case_of(cell), lambda i, c, _: build(i, c, packages.__getitem__)).values()) < 1e-5
+
+
+@pytest.mark.parametrize(("op", "variant"), LINEAR)
+def test_fla_and_mamba_get_their_layout(op, variant):
+    """Stand-ins with the packages' signatures: k, v and beta of n steps one after another; D by name."""
+    from riverrun.kernels.gated_delta import gated_delta
+    from riverrun.kernels.ssd import ssd
+
+    def rule(q, k, v, g, beta, num_householder=1, use_qk_l2norm_in_kernel=False):
+        k, v, beta = (x.unflatten(1, (-1, num_householder)) for x in (k, v, beta))
+        return gated_delta(q, k, v, beta, g, qk_l2norm=use_qk_l2norm_in_kernel)
+
+    def scan(x, dt, A, B, C, chunk_size, D=None):
+        return ssd(x, dt, A, B, C, D)[0]
+
+    packages = {
+        "fla.ops.gated_delta_rule": SimpleNamespace(chunk_gated_delta_rule=rule),
+        "fla.ops.gated_delta_product": SimpleNamespace(chunk_gated_delta_product=rule),
+        "mamba_ssm.ops.triton.ssd_combined": SimpleNamespace(mamba_chunk_scan_combined=scan),
+    }
+    case = case_of(variant)
+    (peer,) = (c for c in BENCHMARKS[op].contenders(case) if c.name in ("fla", "mamba_ssm"))
+    assert max(errors(op, case, lambda i, c, _: peer.build(i, c, packages.__getitem__)).values()) < 1e-5
 
 
 def test_cudnn_contenders_have_all_gradients():
