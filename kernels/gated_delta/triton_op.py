@@ -6,14 +6,17 @@ Backward: the preparation again; the two walks, which leave the state at each ch
 and Y; then `gradients_kernel` over all chunks.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 
+from riverrun.kernels.common.self_check import check_once, deviation
 from riverrun.kernels.common.shooting import NAMESPACE
 from riverrun.kernels.common.triton_chunks import Chunks, cut
+from riverrun.kernels.gated_delta.chunked import gated_delta_chunked
 from riverrun.kernels.gated_delta.triton_gradients import gradients_kernel
 from riverrun.kernels.gated_delta.triton_inverse import inverse_kernel
 from riverrun.kernels.gated_delta.triton_scores import scores_kernel
@@ -253,6 +256,33 @@ def _gradient(ctx: Any, grad_o: torch.Tensor | None, grad_final: torch.Tensor | 
 _forward.register_autograd(_gradient, setup_context=_setup)
 
 
+@torch.compiler.assume_constant_result
+def check(dtype: torch.dtype, device: torch.device, n: int, H: int, K: int, V: int, exact: bool) -> None:
+    """The self-check of kernels for these sizes, also while torch.compile traces the call."""
+
+    def compare() -> float:
+        generator = torch.Generator(device).manual_seed(0)
+        draw = functools.partial(torch.randn, generator=generator, device=device)
+        T = 3 * CHUNK // n + 8  # several chunks, the last one short
+        inputs = [draw(1, T, H, K), draw(1, T, n, H, K), draw(1, T, n, H, V)]
+        inputs = [x.to(dtype) for x in inputs]
+        inputs += [draw(1, T, n, H).sigmoid() * (2 if exact else 1), -draw(1, T, H).exp() / 8, draw(1, H, K, V)]
+        outcomes = []
+        with torch.enable_grad():
+            for form in ("triton", "chunked"):
+                leaves = [(x if form == "triton" else x.double()).detach().requires_grad_() for x in inputs]
+                q, k, v, beta, g, state = leaves
+                if form == "triton":
+                    out = _forward(q, k, v, beta, g, 1.0, True, state, None, exact)
+                else:
+                    out = gated_delta_chunked(q, k, v, beta, g, 1.0, True, state, None, CHUNK)
+                outcomes.append([*out, *torch.autograd.grad(out[0].sum() + out[1].sum(), leaves)])
+        return deviation(*outcomes)
+
+    sizes = {"n": n, "H": H, "K": K, "V": V, "exact": exact, "dtype": dtype}
+    check_once("gated_delta", sizes, device, compare, 1e-4 if dtype == torch.float32 else 5e-2)
+
+
 def gated_delta_triton(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -268,4 +298,6 @@ def gated_delta_triton(
     """`riverrun.kernels.gated_delta.gated_delta`; `exact`: β may exceed 1."""
     q, k, v, beta = (x.contiguous() for x in (q, k.to(q.dtype), v.to(q.dtype), beta))
     g, initial_state = (None if x is None else x.float().contiguous() for x in (g, initial_state))
+    if q.is_cuda:
+        check(q.dtype, q.device, *k.shape[2:], v.shape[-1], exact)
     return _forward(q, k, v, beta, g, scale, qk_l2norm, initial_state, cu_seqlens, exact)
