@@ -3,6 +3,9 @@
 from riverrun.kernels.benchmarks.benchmark import Benchmark
 from riverrun.kernels.benchmarks.head_rnn import HEAD_RNN
 from riverrun.kernels.benchmarks.linear import GATED_DELTA, SSD
+from riverrun.kernels.benchmarks.loss import LINEAR_CROSS_ENTROPY
 from riverrun.kernels.benchmarks.para import PARA_GRU, PARA_LSTM
 
-BENCHMARKS: dict[str, Benchmark] = {b.name: b for b in (PARA_GRU, PARA_LSTM, HEAD_RNN, GATED_DELTA, SSD)}
+BENCHMARKS: dict[str, Benchmark] = {
+    b.name: b for b in (PARA_GRU, PARA_LSTM, HEAD_RNN, GATED_DELTA, SSD, LINEAR_CROSS_ENTROPY)
+}

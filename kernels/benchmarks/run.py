@@ -65,7 +65,7 @@ def compare(
             return
         cut = inputs if short.T == case.T else _cut(inputs, benchmark.sequences, short.T)
         if not truth:
-            double = {name: x.detach().double().requires_grad_() for name, x in cut.items()}
+            double = leaves(cut, torch.float64)
             truth.append(_outcome(benchmark.reference(double, short), case.dtype))
         result.error = _errors(_outcome(contender.build(cut, short, load), case.dtype), truth[0])
         result.error_len = short.T
@@ -152,7 +152,15 @@ def make_inputs(benchmark: Benchmark, case: Case, regime: str) -> Inputs:
     torch.manual_seed(SEED)
     with torch.no_grad():
         inputs = benchmark.inputs(case, regime)
-    return {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    return leaves(inputs)
+
+
+def leaves(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
+    """New tensors, those of a floating-point type requiring gradients, and in `dtype` if one is given."""
+    return {
+        name: x.detach().to(dtype or x.dtype).requires_grad_() if x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
 
 
 def reference_length(case: Case) -> int:
@@ -228,5 +236,4 @@ def _errors(got: list[torch.Tensor], want: list[torch.Tensor]) -> dict[str, floa
 
 def _cut(inputs: Inputs, sequences: tuple[str, ...], T: int) -> Inputs:
     """The first T tokens."""
-    cut = {name: x[:, :T].contiguous() if name in sequences else x for name, x in inputs.items()}
-    return {name: x.detach().requires_grad_() for name, x in cut.items()}
+    return leaves({name: x[:, :T].contiguous() if name in sequences else x for name, x in inputs.items()})

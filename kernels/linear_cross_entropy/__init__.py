@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-# bytes that the logits of one chunk of tokens may take
-CHUNK_BYTES = 64 * 2**20
+from riverrun.kernels.common.backend import resolve_backend
+
+# bytes that the logits of one chunk of tokens may take; a GPU's matrix products want thousands of tokens
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -26,6 +28,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     chunk_size: int | None = None,
     reduction: str = "sum",
+    backend: str = "auto",
 ) -> LinearCrossEntropy:
     """Cross-entropy of softmax(hidden · weightᵀ), computed for `chunk_size` tokens at a time.
 
@@ -38,8 +41,9 @@ def linear_cross_entropy(
         weight: (V, D); taken in the dtype of `hidden`.
         targets: (N,) integers in [0, V), or `ignore_index`: no loss and no gradient there.
         z_loss: weight of the squared log-partition, log²Z (PaLM, arXiv 2204.02311, §5).
-        chunk_size: tokens a chunk; default: as many as have 64 MiB of logits.
+        chunk_size: tokens a chunk; default: as many as have 64 MiB of logits, on a GPU 512 MiB.
         reduction: "sum" over tokens, or "none".
+        backend: "auto", "chunked" or "triton", which takes one pass over the logits each way where torch takes several.
 
     Returns:
         loss: the cross-entropy in nats, without the z-loss: a scalar, or (N,) with zeros at ignored tokens.
@@ -47,7 +51,7 @@ def linear_cross_entropy(
         num_targets: how many targets are not `ignore_index`, an int64 scalar.
 
     Raises:
-        ValueError: an argument of the wrong shape, a chunk size below 1 or an unknown reduction.
+        ValueError: an argument of the wrong shape, a chunk size below 1, an unknown reduction or backend.
     """
     op = "linear_cross_entropy"
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -58,12 +62,18 @@ def linear_cross_entropy(
         raise ValueError(f"{op}: targets must have shape (N,) = ({len(hidden)},), got {tuple(targets.shape)}")
     if reduction not in ("sum", "none"):
         raise ValueError(f"{op}: reduction must be 'sum' or 'none', got {reduction!r}")
+    if backend == "reference":
+        raise ValueError(f"{op}: there is no step-by-step form; use backend='chunked'")
+    # "auto" stays with torch's operators until the kernels have been checked on a card
+    chosen = resolve_backend(op, backend, hidden, len(hidden), has_triton=backend == "triton")
     if chunk_size is None:
-        chunk_size = max(1, CHUNK_BYTES // (len(weight) * _dtype(hidden).itemsize))
+        chunk_size = max(1, CHUNK_BYTES[hidden.device.type] // (len(weight) * _dtype(hidden).itemsize))
     if chunk_size < 1:
         raise ValueError(f"{op}: chunk_size must be at least 1, got {chunk_size}")
     weight = weight.to(hidden.dtype)
-    loss, z = _LinearCrossEntropy.apply(hidden, weight, targets.long(), z_loss, ignore_index, chunk_size)
+    loss, z = _LinearCrossEntropy.apply(
+        hidden, weight, targets.long(), z_loss, ignore_index, chunk_size, chosen == "triton"
+    )
     if reduction == "sum":
         loss, z = loss.sum(), z.sum()
     return LinearCrossEntropy(loss, z, (targets != ignore_index).sum())
@@ -84,6 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_weight: float,
         ignore_index: int,
         chunk_size: int,
+        triton: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         valid = targets != ignore_index
         index = targets.where(valid, 0)[:, None]
@@ -91,10 +102,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         picked = torch.empty_like(log_z)
         for rows in _chunks(len(hidden), chunk_size):
             logits = _product(hidden[rows], weight.T)
-            log_z[rows] = logits.logsumexp(1)
-            picked[rows] = logits.gather(1, index[rows]).squeeze(1)
+            if triton:
+                from riverrun.kernels.linear_cross_entropy.triton_softmax import log_z as log_z_of
+
+                log_z[rows], picked[rows] = log_z_of(logits, index[rows, 0])
+            else:
+                log_z[rows] = logits.logsumexp(1)
+                picked[rows] = logits.gather(1, index[rows]).squeeze(1)
         ctx.save_for_backward(hidden, weight, index, valid, log_z)
-        ctx.z_weight, ctx.chunk_size = z_weight, chunk_size
+        ctx.z_weight, ctx.chunk_size, ctx.triton = z_weight, chunk_size, triton
         return (log_z - picked).where(valid, 0), (z_weight * log_z.square()).where(valid, 0)
 
     @staticmethod
@@ -106,14 +122,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=log_z.dtype) if ctx.needs_input_grad[1] else None
         for rows in _chunks(len(hidden), ctx.chunk_size):
-            grad = _product(hidden[rows], weight.T).sub_(log_z[rows, None]).exp_().mul_(of_softmax[rows, None])
-            grad.scatter_add_(1, index[rows], -grad_loss[rows, None])
-            grad = grad.to(hidden.dtype)
+            grad = _product(hidden[rows], weight.T)
+            if ctx.triton:
+                from riverrun.kernels.linear_cross_entropy.triton_softmax import softmax_gradient
+
+                of_rows = (x[rows] for x in (log_z, of_softmax, grad_loss))
+                grad = softmax_gradient(grad, index[rows, 0], *of_rows, hidden.dtype)
+            else:
+                grad.sub_(log_z[rows, None]).exp_().mul_(of_softmax[rows, None])
+                grad.scatter_add_(1, index[rows], -grad_loss[rows, None])
+                grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = _product(grad, weight).to(hidden.dtype)
             if grad_weight is not None:
                 _add_product(grad_weight, grad.T, hidden[rows])
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *(None,) * 5
 
 
 def _dtype(x: torch.Tensor) -> torch.dtype:

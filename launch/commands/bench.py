@@ -15,7 +15,12 @@ SHORTEST, LONGEST = 1 << 4, 1 << 18  # of the sweep
 
 
 def bench(
-    op: Annotated[str, typer.Argument(help="para_gru, para_lstm, head_rnn, gated_delta or ssd.", show_default=False)],
+    op: Annotated[
+        str,
+        typer.Argument(
+            help="para_gru, para_lstm, head_rnn, gated_delta, ssd or linear_cross_entropy.", show_default=False
+        ),
+    ],
     batch: Annotated[int, typer.Option(min=1, help="Rows, B.")] = 8,
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens a row, T.")] = 4096,
     width: Annotated[int | None, typer.Option(min=1, help="Channels, D; default: 2048, 4096 for ssd.")] = None,
@@ -26,7 +31,8 @@ def bench(
     variant: Annotated[
         str | None,
         typer.Option(
-            help="Of head_rnn: lstm, slstm, gru or elman; of gated_delta: n=1, n=2 or n=3; default: the first."
+            help="lstm, slstm, gru or elman of head_rnn; n=1, n=2 or n=3 of gated_delta; the vocabulary of "
+            "linear_cross_entropy. Default: the first."
         ),
     ] = None,
     dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of gates, inputs and outputs.")] = "bf16",

@@ -1,9 +1,10 @@
-"""Launches of the causal_conv1d and gated_rms_norm kernels, to be compiled without a GPU (see `compiling.py`)."""
+"""Launches of the kernels around the recurrences, to be compiled without a GPU (see `compiling.py`)."""
 
 import torch
 
 from riverrun.kernels.causal_conv1d.triton_op import convolve, convolve_backward
 from riverrun.kernels.gated_rms_norm.triton_norm import norm, norm_backward
+from riverrun.kernels.linear_cross_entropy.triton_softmax import log_z, softmax_gradient
 
 
 def convolution(B, T, D, W=4, packed=False, states=False, dtype=torch.bfloat16):
@@ -71,3 +72,9 @@ def launch_norm_of_many_channels():
 
 def launch_norm_of_the_most_channels():
     gated_norm(2, 512, 16384)
+
+
+def launch_32k_vocabulary():
+    logits, targets, row = torch.zeros(64, 32000), torch.zeros(64, dtype=torch.int64), torch.zeros(64)
+    log_z(logits, targets)
+    softmax_gradient(logits, targets, row, row, row, torch.bfloat16)

@@ -310,9 +310,10 @@ def test_triton_bad_options():
 
 
 def test_compiles_for_hopper():
-    """The kernels of gated_rms_norm as well."""
+    """The kernels of gated_rms_norm and linear_cross_entropy as well."""
     kernels = compile_for_hopper(Path(__file__).with_name("launches_layer.py"))
-    assert {k["kernel"] for k in kernels} == {"forward_kernel", "backward_kernel", "initial_gradient_kernel"}
+    names = {"forward_kernel", "backward_kernel", "initial_gradient_kernel", "log_z_kernel", "gradient_kernel"}
+    assert {k["kernel"] for k in kernels} == names
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_LIMIT
         widest = kernel["launch"] == "launch_norm_of_the_most_channels"

@@ -46,6 +46,34 @@ def test_equals_full_logits(reduction, chunk_size, ignore_index):
     torch.testing.assert_close(got, torch.autograd.grad(want, (hidden, weight), upstream), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 5])
+@pytest.mark.parametrize("vocabulary", [1, 37, 5000])
+def test_triton_equals_full_logits(chunk_size, vocabulary):
+    hidden, weight = torch.randn(9, D), 3 * torch.randn(vocabulary, D)
+    targets = torch.randint(0, vocabulary, (9,))
+    targets[2] = -100
+    outcomes = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        if dtype == torch.float32:
+            out = linear_cross_entropy(
+                *leaves, targets, z_loss=0.3, reduction="none", chunk_size=chunk_size, backend="triton"
+            )[:2]
+        else:
+            out = full(*leaves, targets, 0.3)
+        upstream = [torch.linspace(-1, 2, 9, dtype=dtype)] * 2
+        outcomes.append([*out, *torch.autograd.grad(out, leaves, upstream)])
+    for got, want in zip(*outcomes):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+
+
+def test_backends():
+    hidden, weight, targets = make_inputs()
+    for backend, problem in (("triton", "float64"), ("reference", "no step-by-step form"), ("x", "unknown backend")):
+        with pytest.raises(ValueError, match=problem):
+            linear_cross_entropy(hidden, weight, targets, backend=backend)
+
+
 def test_gradcheck():
     hidden, weight, targets = make_inputs(5)
 

@@ -1,0 +1,75 @@
+"""What lies between the matrix products of `linear_cross_entropy`, each in one pass over a chunk's logits."""
+
+import torch
+import triton
+import triton.language as tl
+
+from riverrun.kernels.common.shooting import NAMESPACE
+from riverrun.kernels.common.triton_math import exp
+
+BLOCK, WARPS = 4096, 8
+
+
+@triton.jit
+def log_z_kernel(logits, targets, log_z, picked, V, BLOCK: tl.constexpr):
+    """One row a program: log Σ e^x, with the largest x so far taken out, and the target's logit."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * V
+    top = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + column, mask=column < V, other=float("-inf"))
+        new = tl.maximum(top, tl.max(x, 0))
+        total = total * exp(top - new) + tl.sum(exp(x - new), 0)
+        top = new
+    tl.store(log_z + row, top + tl.log(total))
+    tl.store(picked + row, tl.load(logits + tl.load(targets + row)))
+
+
+@triton.jit
+def gradient_kernel(logits, targets, log_z, of_softmax, of_target, gradient, V, BLOCK: tl.constexpr):
+    """of_softmax · softmax(x) − of_target at the target."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits + row * V + column, mask=column < V, other=0.0)
+    grad = exp(x - tl.load(log_z + row)) * tl.load(of_softmax + row)
+    grad -= tl.where(column == tl.load(targets + row), tl.load(of_target + row), 0.0)
+    tl.store(gradient + row * V + column, grad.to(gradient.dtype.element_ty), mask=column < V)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::log_z", mutates_args=())
+def log_z(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits (N, V) float32, targets (N,) → log Σ e^x (N,) and the logits at the targets (N,)."""
+    N, V = logits.shape
+    out, picked = logits.new_empty(2, N).unbind()
+    log_z_kernel[(N,)](logits, targets, out, picked, V, BLOCK=BLOCK, num_warps=WARPS)
+    return out.clone(), picked.clone()
+
+
+@log_z.register_fake
+def _(logits, targets):
+    return logits.new_empty(len(logits)), logits.new_empty(len(logits))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::softmax_gradient", mutates_args=())
+def softmax_gradient(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    log_z: torch.Tensor,
+    of_softmax: torch.Tensor,
+    of_target: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The gradient of the logits (N, V), in `dtype`, from those of −log softmax's two parts, (N,) each."""
+    N, V = logits.shape
+    out = logits.new_empty(N, V, dtype=dtype)
+    gradient_kernel[(N, triton.cdiv(V, BLOCK))](
+        logits, targets, log_z, of_softmax, of_target, out, V, BLOCK=BLOCK, num_warps=WARPS
+    )
+    return out
+
+
+@softmax_gradient.register_fake
+def _(logits, targets, log_z, of_softmax, of_target, dtype):
+    return torch.empty_like(logits, dtype=dtype)
