@@ -53,6 +53,7 @@ def gradients_kernel(
     reads,  # (M, H, QP) float32
     states,  # (M, H, K, V)
     grad_states,  # (M, H, K, V)
+    KS,  # (B, T · n, H, V)
     Y,  # (B, T · n, H, V)
     grad_q,
     grad_k,
@@ -87,97 +88,103 @@ def gradients_kernel(
         step, t = tl.arange(0, C), tl.arange(0, QP)
         here, here_q = step < tokens * n, t < tokens
 
-        k_tiles = load_tiles(k + (token * n * H + h) * K, step, here, H * K, K, BK, NK)
-        q_tiles = load_tiles(q + (token * H + h) * K, t, here_q, H * K, K, BK, NK)
+        p_k, p_q = k + (token * n * H + h) * K, q + (token * H + h) * K
         T_inverse = tl.load(inverse + place * C + step[:, None] * C + step[None, :])
         G = tl.load(decay + place + step)
         G_q = tl.load(decay + place + t * n, mask=t < Q, other=0.0)
         G_end = tl.load(decay + place + C - 1)
         r_k = tl.load(units + place + step)
-        r_q = unit(q_tiles, NORMALISE, NK)
         b = tl.load(beta + (token * n + step) * H + h, mask=here, other=0.0).to(tl.float32)
 
-        by_q, by_k = (), ()
-        for _ in tl.static_range(NK):
-            by_q = by_q + (tl.zeros([QP, BK], tl.float32),)
-            by_k = by_k + (tl.zeros([C, BK], tl.float32),)
+        # what needs no state: two matrices of the chunk, and sums of rows
         by_P = tl.zeros([QP, C], tl.float32)
         YV = tl.zeros([C, C], tl.float32)
         by_b = tl.zeros([C], tl.float32)
         erased = tl.zeros([C], tl.float32)  # ⟨βY, K S⟩ of rows
-        flow = tl.zeros([BK], tl.float32)  # ⟨dS', S⟩
         for v_start in range(0, V, BV):
             column = v_start + tl.arange(0, BV)
-            wide = (column < V)[None, :]
+            mask_v, mask_o = here[:, None] & (column < V)[None, :], here_q[:, None] & (column < V)[None, :]
             at_v = (token * n * H + h) * V + step[:, None] * (H * V) + column[None, :]
-            values = tl.load(v + at_v, mask=here[:, None] & wide, other=0.0)
-            y = tl.load(Y + at_v, mask=here[:, None] & wide, other=0.0).to(tl.float32)
+            y = tl.load(Y + at_v, mask=mask_v, other=0.0).to(tl.float32)
+            of_state = tl.load(KS + at_v, mask=mask_v, other=0.0).to(tl.float32)
+            R = tl.load(v + at_v, mask=mask_v, other=0.0).to(tl.float32) - of_state * (exp(G) * r_k)[:, None]
+            corrected = tl.trans(product(T_inverse, R * b[:, None], dtype, EXACT).to(dtype))
             at_o = (token * H + h) * V + t[:, None] * (H * V) + column[None, :]
-            g_o = tl.load(grad_o + at_o, mask=here_q[:, None] & wide, other=0.0)
-            S, dS = (), ()
-            for i in tl.static_range(NK):
-                row = i * BK + tl.arange(0, BK)
-                at_s = index * K * V + row[:, None] * V + column[None, :]
-                S = S + (tl.load(states + at_s, mask=(row < K)[:, None] & wide, other=0.0),)
-                dS = dS + (tl.load(grad_states + at_s, mask=(row < K)[:, None] & wide, other=0.0),)
-
-            KS = product(k_tiles[0], S[0], dtype, EXACT)
-            for i in tl.static_range(1, NK):
-                KS += product(k_tiles[i], S[i], dtype, EXACT)
-            R = values.to(tl.float32) - KS * (exp(G) * r_k)[:, None]
-            corrected = product(T_inverse, R * b[:, None], dtype, EXACT)
-            by_v = y * b[:, None]
-            tl.store(grad_v + at_v, by_v.to(grad_v.dtype.element_ty), mask=here[:, None] & wide)
-
+            by_P = dot(tl.load(grad_o + at_o, mask=mask_o, other=0.0), corrected, by_P)
+            YV = dot(y.to(dtype), corrected, YV)
             by_b += tl.sum(y * R, 1)
-            erased += tl.sum(by_v * KS, 1)
-            written = (corrected * exp(G_end - G)[:, None]).to(dtype)
-            taken = (by_v * exp(G)[:, None]).to(dtype)
-            new_q, new_k = (), ()
-            for i in tl.static_range(NK):
-                flow += tl.sum(S[i].to(tl.float32) * dS[i].to(tl.float32), 1)
-                S_i = tl.trans(S[i].to(dtype))
-                new_q = new_q + (by_q[i] + dot(g_o, S_i),)
-                new_k = new_k + (by_k[i] + dot(written, tl.trans(dS[i].to(dtype))) - dot(taken, S_i),)
-            by_q, by_k = new_q, new_k
-            corrected = tl.trans(corrected.to(dtype))
-            by_P += dot(g_o, corrected)
-            YV += dot(y.to(dtype), corrected)
+            y *= b[:, None]
+            erased += tl.sum(y * of_state, 1)
+            tl.store(grad_v + at_v, y.to(grad_v.dtype.element_ty), mask=mask_v)
 
         # within the chunk
+        k_tiles = load_tiles(p_k, step, here, H * K, K, BK, NK)
+        q_tiles = load_tiles(p_q, t, here_q, H * K, K, BK, NK)
+        r_q = unit(q_tiles, NORMALISE, NK)
         earlier = step[None, :] < step[:, None]
         between = tl.where(earlier, exp(tl.minimum(G[:, None] - G[None, :], 0.0)), 0.0)
         A = inner(k_tiles, k_tiles, NK) * r_k[:, None] * r_k[None, :] * between
         by_b -= tl.sum(A * YV, 1)
         tl.store(grad_beta + (token * n + step) * H + h, by_b, mask=here)
         by_A = YV * -b[:, None]
+        PP = by_P * tl.load(scores + (index * QP + t)[:, None] * C + step[None, :]).to(tl.float32)
+        AA = by_A * A
+        by_G, by_G_q = tl.sum(AA, 1) - tl.sum(AA, 0) - tl.sum(PP, 0), tl.sum(PP, 1)
+        by_A *= between
+        by_products = ((by_A + tl.trans(by_A)) * r_k[None, :]).to(dtype)
         seen = (step // n)[None, :] <= t[:, None]
-        between_q = tl.where(seen, exp(tl.minimum(G_q[:, None] - G[None, :], 0.0)), 0.0) * scale
-        P = tl.load(scores + (index * QP + t)[:, None] * C + step[None, :]).to(tl.float32)
-        factor = tl.load(reads + index * QP + t)
+        by_P *= tl.where(seen, exp(tl.minimum(G_q[:, None] - G[None, :], 0.0)), 0.0) * scale
+        from_q = (tl.trans(by_P) * r_q[None, :]).to(dtype)
+        from_k = (by_P * r_k[None, :]).to(dtype)
 
+        # through the states
+        by_q, by_k = (), ()
+        for _ in tl.static_range(NK):
+            by_q = by_q + (tl.zeros([QP, BK], tl.float32),)
+            by_k = by_k + (tl.zeros([C, BK], tl.float32),)
+        flow = tl.zeros([BK], tl.float32)  # ⟨dS', S⟩
+        for v_start in range(0, V, BV):
+            column = v_start + tl.arange(0, BV)
+            mask_v, mask_o = here[:, None] & (column < V)[None, :], here_q[:, None] & (column < V)[None, :]
+            at_v = (token * n * H + h) * V + step[:, None] * (H * V) + column[None, :]
+            of_state = tl.load(KS + at_v, mask=mask_v, other=0.0).to(tl.float32)
+            R = tl.load(v + at_v, mask=mask_v, other=0.0).to(tl.float32) - of_state * (exp(G) * r_k)[:, None]
+            corrected = product(T_inverse, R * b[:, None], dtype, EXACT)
+            written = (corrected * exp(G_end - G)[:, None]).to(dtype)
+            y = tl.load(Y + at_v, mask=mask_v, other=0.0).to(tl.float32)
+            taken = (y * (-b * exp(G))[:, None]).to(dtype)
+            at_o = (token * H + h) * V + t[:, None] * (H * V) + column[None, :]
+            g_o = tl.load(grad_o + at_o, mask=mask_o, other=0.0)
+            new_q, new_k = (), ()
+            for i in tl.static_range(NK):
+                row = i * BK + tl.arange(0, BK)
+                at_s = index * K * V + row[:, None] * V + column[None, :]
+                mask_s = (row < K)[:, None] & (column < V)[None, :]
+                S = tl.load(states + at_s, mask=mask_s, other=0.0)
+                dS = tl.load(grad_states + at_s, mask=mask_s, other=0.0)
+                flow += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+                S = tl.trans(S.to(dtype))
+                new_q = new_q + (dot(g_o, S, by_q[i]),)
+                new_k = new_k + (dot(taken, S, dot(written, tl.trans(dS.to(dtype)), by_k[i])),)
+            by_q, by_k = new_q, new_k
+
+        # together; the tiles again, which were not to be held through the loop
+        k_tiles = load_tiles(p_k, step, here, H * K, K, BK, NK)
+        q_tiles = load_tiles(p_q, t, here_q, H * K, K, BK, NK)
         if GATED:
-            by_G_q = _row_products(by_q, q_tiles, NK) * factor + tl.sum(by_P * P, 1)
+            by_G_q += _row_products(by_q, q_tiles, NK) * tl.load(reads + index * QP + t)
             of_read = -erased * exp(G) * r_k
             of_written = _row_products(by_k, k_tiles, NK) * r_k - of_read
-            E = by_A * A
-            by_G = of_read - of_written + tl.sum(E, 1) - tl.sum(E, 0) - tl.sum(by_P * P, 0)
             at_last_step = step[None, :] == (t * n + (n - 1))[:, None]
-            by_G += tl.sum(tl.where(at_last_step, by_G_q[:, None], 0.0), 0)
+            by_G += of_read - of_written + tl.sum(tl.where(at_last_step, by_G_q[:, None], 0.0), 0)
             by_end = tl.sum(of_written) + exp(G_end) * tl.sum(flow)
             # the gate of a token enters every G from its first step on
             by_gate = tl.sum(by_G) - tl.cumsum(by_G, 0) + by_G + by_end
             tl.store(grad_g + (token + step // n) * H + h, by_gate, mask=here & (step % n == 0))
-
-        by_A = by_A * between
-        by_products = ((by_A + tl.trans(by_A)) * r_k[None, :]).to(dtype)
-        by_P = by_P * between_q
-        from_q = (tl.trans(by_P) * r_q[None, :]).to(dtype)
-        from_k = (by_P * r_k[None, :]).to(dtype)
         new_q, new_k = (), ()
         for i in tl.static_range(NK):
-            new_q = new_q + (by_q[i] * (scale * exp(G_q))[:, None] + dot(from_k, k_tiles[i]),)
-            new_k = new_k + (by_k[i] + dot(from_q, q_tiles[i]) + dot(by_products, k_tiles[i]),)
+            new_q = new_q + (dot(from_k, k_tiles[i], by_q[i] * (scale * exp(G_q))[:, None]),)
+            new_k = new_k + (dot(by_products, k_tiles[i], dot(from_q, q_tiles[i], by_k[i])),)
         by_q, by_k = _of_raw(new_q, q_tiles, r_q, NORMALISE, NK), _of_raw(new_k, k_tiles, r_k, NORMALISE, NK)
         store_tiles(grad_q + (token * H + h) * K, by_q, t, here_q, H * K, K, BK, NK)
         store_tiles(grad_k + (token * n * H + h) * K, by_k, step, here, H * K, K, BK, NK)

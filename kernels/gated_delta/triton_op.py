@@ -16,16 +16,34 @@ import triton
 from riverrun.kernels.common.self_check import check_once, deviation
 from riverrun.kernels.common.shooting import NAMESPACE
 from riverrun.kernels.common.triton_chunks import Chunks, cut
+from riverrun.kernels.common.triton_math import INTERPRETED
 from riverrun.kernels.gated_delta.chunked import gated_delta_chunked
 from riverrun.kernels.gated_delta.triton_gradients import gradients_kernel
 from riverrun.kernels.gated_delta.triton_inverse import inverse_kernel
 from riverrun.kernels.gated_delta.triton_scores import scores_kernel
 from riverrun.kernels.gated_delta.triton_walk import backward_kernel, forward_kernel
 
-CHUNK = 64  # sub-steps
 WARPS = {"inverse": 1, "scores": 4, "forward": 4, "backward": 4, "gradients": 8}
 STAGES = 2
-TILE_K, TILE_V, GRADIENTS_TILE_V = 128, 64, 32  # at most
+TILE_K, TILE_V_OF_GRADIENTS = 128, 32  # at most
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Sub-steps of a chunk, and channels of the values that a walk holds, at most."""
+
+    chunk: int
+    values: int
+
+
+HOPPER = Tiles(64, 64)  # whose matrix products take 64 rows from registers, and the rest from shared memory
+EARLIER = Tiles(32, 32)
+
+
+def _tiles() -> Tiles:
+    if INTERPRETED:
+        return HOPPER
+    return HOPPER if triton.runtime.driver.active.get_current_target().arch >= 90 else EARLIER
 
 
 def _tile(size: int, most: int) -> int:
@@ -46,14 +64,15 @@ class Launch:
     @classmethod
     def of(cls, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None, exact: bool) -> "Launch":
         (_, T, n, H, K), V = k.shape, v.shape[-1]
-        size = max(16, min(CHUNK, triton.next_power_of_2(T * n)), triton.next_power_of_2(n))
+        tiles = _tiles()
+        size = max(16, min(tiles.chunk, triton.next_power_of_2(T * n)), triton.next_power_of_2(n))
         tokens = size // n
         tile = _tile(K, TILE_K)
         dims = {
             "H": H, "n": n, "K": K, "C": size, "Q": tokens, "QP": max(16, triton.next_power_of_2(tokens)),
             "BK": tile, "NK": triton.cdiv(K, tile),
         }  # fmt: skip
-        return cls(cut(k, tokens, cu_seqlens), dims, _tile(V, TILE_V), exact or k.dtype == torch.float32)
+        return cls(cut(k, tokens, cu_seqlens), dims, _tile(V, tiles.values), exact or k.dtype == torch.float32)
 
     def value_dims(self, V: int) -> dict[str, Any]:
         return {"V": V, "BV": self.value_tile}
@@ -106,20 +125,22 @@ def _walk(
     initial: torch.Tensor | None,
     output: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """→ o (B, T, H, V) and the final state (S, H, K, V), or the states at the chunks' starts (M, H, K, V) twice."""
+    """→ o (B, T, H, V) and the final state (S, H, K, V), or the chunks' first states (M, H, K, V) and K S (like v)."""
     (B, T, _, H, K), V = k.shape, v.shape[-1]
     if output:
         o, final = v.new_empty(B, T, H, V), v.new_empty(launch.chunks.num_sequences, H, K, V, dtype=torch.float32)
-        states = o
+        states = KS = o
     else:
-        states = o = final = v.new_empty(launch.chunks.num_chunks, H, K, V, dtype=launch.inner_type(k))
+        states = v.new_empty(launch.chunks.num_chunks, H, K, V, dtype=launch.inner_type(k))
+        KS = torch.empty_like(v, dtype=states.dtype)
+        o = final = states
     forward_kernel[launch.walkers(V)](
-        q, k, v, beta, *prepared, final if initial is None else initial, o, states, final,
+        q, k, v, beta, *prepared, final if initial is None else initial, o, states, KS, final,
         *launch.chunks.tensors[:2], T,
         **launch.dims, **launch.value_dims(V), HAS_INITIAL=initial is not None,
         PACKED=launch.chunks.packed, OUTPUT=output, EXACT=launch.exact, STAGES=STAGES, num_warps=WARPS["forward"],
     )  # fmt: skip
-    return o, final
+    return (o, final) if output else (states, KS)
 
 
 def delta(
@@ -158,7 +179,7 @@ def delta_backward(
     (_, T, _, H, _), V = k.shape, v.shape[-1]
     launch = Launch.of(k, v, cu_seqlens, exact)
     prepared = _prepare(launch, q, k, beta, g, scale, normalise)
-    states, _ = _walk(launch, q, k, v, beta, prepared, initial, output=False)
+    states, KS = _walk(launch, q, k, v, beta, prepared, initial, output=False)
     grad_states, Y = torch.empty_like(states), torch.empty_like(v, dtype=states.dtype)
     grad_initial = states.new_empty(0 if initial is None else initial.shape, dtype=torch.float32)
     common = launch.dims | launch.value_dims(V)
@@ -173,9 +194,9 @@ def delta_backward(
     grad_beta = torch.empty_like(beta, dtype=torch.float32)
     grad_g = grad_beta.new_empty(0 if g is None else g.shape)
     gradients_kernel[(launch.chunks.num_chunks, H)](
-        grad_o, q, k, v, beta, *prepared, states, grad_states, Y, grad_q, grad_k, grad_v, grad_beta, grad_g,
+        grad_o, q, k, v, beta, *prepared, states, grad_states, KS, Y, grad_q, grad_k, grad_v, grad_beta, grad_g,
         *launch.chunks.tensors[2:], T, scale,
-        **common | {"BV": _tile(V, GRADIENTS_TILE_V)}, NORMALISE=normalise, GATED=g is not None,
+        **common | {"BV": _tile(V, TILE_V_OF_GRADIENTS)}, NORMALISE=normalise, GATED=g is not None,
         num_warps=WARPS["gradients"],
     )  # fmt: skip
     return grad_q, grad_k, grad_v, grad_beta, grad_g, grad_initial
@@ -263,7 +284,7 @@ def check(dtype: torch.dtype, device: torch.device, n: int, H: int, K: int, V: i
     def compare() -> float:
         generator = torch.Generator(device).manual_seed(0)
         draw = functools.partial(torch.randn, generator=generator, device=device)
-        T = 3 * CHUNK // n + 8  # several chunks, the last one short
+        T = 3 * HOPPER.chunk // n + 8  # several chunks, the last one short
         inputs = [draw(1, T, H, K), draw(1, T, n, H, K), draw(1, T, n, H, V)]
         inputs = [x.to(dtype) for x in inputs]
         inputs += [draw(1, T, n, H).sigmoid() * (2 if exact else 1), -draw(1, T, H).exp() / 8, draw(1, H, K, V)]
@@ -275,7 +296,7 @@ def check(dtype: torch.dtype, device: torch.device, n: int, H: int, K: int, V: i
                 if form == "triton":
                     out = _forward(q, k, v, beta, g, 1.0, True, state, None, exact)
                 else:
-                    out = gated_delta_chunked(q, k, v, beta, g, 1.0, True, state, None, CHUNK)
+                    out = gated_delta_chunked(q, k, v, beta, g, 1.0, True, state, None, HOPPER.chunk)
                 outcomes.append([*out, *torch.autograd.grad(out[0].sum() + out[1].sum(), leaves)])
         return deviation(*outcomes)
 

@@ -65,6 +65,7 @@ def forward_kernel(
     initial,  # (S, H, K, V) float32
     o,  # (B, T, H, V)
     states,  # (M, H, K, V): the states at the chunks' starts
+    KS,  # (B, T · n, H, V): what the keys, as they came, read from them
     final,  # (S, H, K, V) float32
     cu_seqlens,
     first,
@@ -81,7 +82,7 @@ def forward_kernel(
     BV: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     PACKED: tl.constexpr,
-    OUTPUT: tl.constexpr,  # o and the final state, or else the states
+    OUTPUT: tl.constexpr,  # o and the final state, or else the states and KS
     EXACT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -104,15 +105,19 @@ def forward_kernel(
         if not OUTPUT:
             _store_state(states + index * K * V, state, column, V, K, BK, NK)
         k_tiles = load_tiles(k + (token * n * H + h) * K, step, here, H * K, K, BK, NK)
-        p_v = v + (token * n * H + h) * V + step[None, :] * (H * V) + column[:, None]
-        values = tl.load(p_v, mask=here[None, :] & (column < V)[:, None], other=0.0)
+        at_v = (token * n * H + h) * V + step[None, :] * (H * V) + column[:, None]
+        mask_v = here[None, :] & (column < V)[:, None]
+        values = tl.load(v + at_v, mask=mask_v, other=0.0)
         T_inverse = tl.load(inverse + place * C + step[:, None] * C + step[None, :])
         G = tl.load(decay + place + step)
         r_k = tl.load(units + place + step)
         b = tl.load(beta + (token * n + step) * H + h, mask=here, other=0.0).to(tl.float32)
         G_end = tl.load(decay + place + C - 1)
 
-        R = values.to(tl.float32) - read(state, k_tiles, dtype, EXACT, NK) * (exp(G) * r_k)[None, :]
+        of_state = read(state, k_tiles, dtype, EXACT, NK)
+        if not OUTPUT:
+            tl.store(KS + at_v, of_state.to(KS.dtype.element_ty), mask=mask_v)
+        R = values.to(tl.float32) - of_state * (exp(G) * r_k)[None, :]
         corrected = product(R * b[None, :], tl.trans(T_inverse), dtype, EXACT)
         if OUTPUT:
             q_tiles = load_tiles(q + (token * H + h) * K, t, t < left, H * K, K, BK, NK)

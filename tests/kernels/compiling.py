@@ -1,10 +1,11 @@
-"""Compile Triton kernels for Hopper (sm_90) without a GPU, exactly as their launchers would start them there.
+"""Compile Triton kernels for Hopper (sm_90) or Ampere (sm_80) without a GPU, exactly as their launchers would start
+them there.
 
 A file of launches, say `launches_para.py`, defines functions `launch_…()` that call the launchers (below the public
 ops, which insist on CUDA tensors) with CPU tensors. Here every start of a kernel is turned into a compilation; nothing
 runs. Triton's interpreter must be off, which the tests have on: hence a process of its own.
 
-    python tests/kernels/compiling.py tests/kernels/launches_para.py     prints one JSON object a kernel
+    python tests/kernels/compiling.py tests/kernels/launches_para.py [80]     prints one JSON object a kernel
 """
 
 import json
@@ -16,27 +17,35 @@ import sys
 import tempfile
 from pathlib import Path
 
-SHARED_LIMIT = 232_448  # bytes a program may use on Hopper
+SHARED_LIMIT, SHARED_LIMIT_OF_AMPERE = 232_448, 166_912  # bytes a program may use
 
 
 def compile_for_hopper(launches: Path) -> list[dict]:
+    return _compile_apart(launches, "90")
+
+
+def compile_for_ampere(launches: Path) -> list[dict]:
+    return _compile_apart(launches, "80")
+
+
+def _compile_apart(launches: Path, capability: str) -> list[dict]:
     """One dict a compiled kernel: launch, kernel, num_warps, registers, stack (bytes: spills), shared (bytes), ptx."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, str(launches)]
+    command = [sys.executable, __file__, str(launches), capability]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def _compile(launches: str) -> None:
+def _compile(launches: str, capability: str = "90") -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    class Hopper:
+    class Driver:
         """What Triton asks of a driver until a kernel is loaded."""
 
         def get_current_target(self):
-            return GPUTarget("cuda", 90, 32)
+            return GPUTarget("cuda", int(capability), 32)
 
         def get_current_device(self):
             return 0
@@ -44,7 +53,7 @@ def _compile(launches: str) -> None:
         def get_current_stream(self, device):
             return 0
 
-    triton.runtime.driver.set_active(Hopper())
+    triton.runtime.driver.set_active(Driver())
     start, launch, seen = triton.JITFunction.run, "", set()
 
     def compile_only(self, *args, grid, warmup, **kwargs):
@@ -81,4 +90,4 @@ def _resources(kernel) -> dict:
 
 
 if __name__ == "__main__":
-    _compile(sys.argv[1])
+    _compile(*sys.argv[1:])

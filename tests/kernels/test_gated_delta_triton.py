@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiling import SHARED_LIMIT, compile_for_hopper
+from compiling import SHARED_LIMIT, SHARED_LIMIT_OF_AMPERE, compile_for_ampere, compile_for_hopper
 
 from riverrun.kernels.gated_delta import gated_delta, triton_op
 
@@ -12,7 +12,7 @@ from riverrun.kernels.gated_delta import gated_delta, triton_op
 @pytest.fixture
 def chunk(monkeypatch):
     """Sets the sub-steps of a chunk, for short sequences of several."""
-    return lambda size: monkeypatch.setattr(triton_op, "CHUNK", size)
+    return lambda size: monkeypatch.setattr(triton_op, "HOPPER", triton_op.Tiles(size, 64))
 
 
 def make_inputs(B, T, n=1, H=2, K=16, V=16, S=None, gate="mild", beta=None, dtype=torch.float32):
@@ -140,7 +140,27 @@ def test_compiles_for_hopper():
     assert {k["kernel"] for k in kernels} == names
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_LIMIT, kernel
-        if kernel["launch"] == "launch_gated_deltanet" and kernel["kernel"] != "gradients_kernel":
-            assert kernel["stack"] <= 16, f"spills: {kernel}"
+        if kernel["launch"] == "launch_gated_deltanet":
+            assert kernel["stack"] <= (400 if kernel["kernel"] == "gradients_kernel" else 16), f"spills: {kernel}"
         if kernel["kernel"] in ("forward_kernel", "backward_kernel", "gradients_kernel"):
             assert kernel["wgmma"] > 0, kernel
+
+
+def test_compiles_for_ampere():
+    for kernel in compile_for_ampere(Path(__file__).with_name("launches_gated_delta.py")):
+        assert kernel["shared"] <= SHARED_LIMIT_OF_AMPERE, kernel
+        assert kernel["stack"] <= 500, f"spills: {kernel}"
+
+
+def test_equals_transformers():
+    """Qwen3-Next's own torch form of the gated delta rule, which OLMo-Hybrid shares."""
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    q, k, v, beta, g, _ = make_inputs(1, 70, K=16, V=24, beta=None)
+    one = [x[:, :, 0] for x in (k, v, beta)]
+    want, state = torch_chunk_gated_delta_rule(
+        q, one[0], one[1], g, one[2], output_final_state=True, use_qk_l2norm_in_kernel=True
+    )
+    o, final = gated_delta(q, k, v, beta, g, qk_l2norm=True, backend="triton")
+    torch.testing.assert_close(o, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(final, state, rtol=1e-4, atol=1e-5)

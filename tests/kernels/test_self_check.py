@@ -50,7 +50,7 @@ def test_deviation():
 
 
 def test_gated_delta_checks_its_kernels(monkeypatch):
-    monkeypatch.setattr(triton_op, "CHUNK", 16)
+    monkeypatch.setattr(triton_op, "HOPPER", triton_op.Tiles(16, 64))
     triton_op.check(torch.float32, CPU, 2, 1, 16, 16, True)
     right = triton_op.delta_backward
 
@@ -64,7 +64,7 @@ def test_gated_delta_checks_its_kernels(monkeypatch):
 
 
 def test_torch_compile_traces_through(monkeypatch):
-    monkeypatch.setattr(triton_op, "CHUNK", 16)
+    monkeypatch.setattr(triton_op, "HOPPER", triton_op.Tiles(16, 64))
     ran = []
     monkeypatch.setattr(triton_op, "check_once", lambda *args: ran.append(args[0]))
 
