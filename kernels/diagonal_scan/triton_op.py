@@ -1,0 +1,188 @@
+"""The Triton scan as a torch operator: launches and gradients. The method is told in `triton_kernels.py`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from riverrun.kernels.common.shooting import NAMESPACE
+from riverrun.kernels.common.triton_documents import document_starts
+from riverrun.kernels.diagonal_scan.triton_kernels import backward_kernel, forward_kernel
+
+STEPS = 8  # tokens of a chunk, and between checkpoints
+FULL, OVERFULL = 240, 500  # threads a multiprocessor: when chunks are not needed, and when there are enough of them
+MAX_THREADS = 256  # of a program; with more there would be too few registers for each
+MAX_CHUNKS = 64
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How B rows of T tokens and D channels are cut: programs of `block` channels walk along a row with `chunks` chunks
+    of `STEPS` tokens at a time; a thread has two real or one complex channel of a chunk."""
+
+    chunks: int
+    block: int
+    per_thread: int
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> "Launch":
+        """As few chunks as fill the device."""
+        B, T, D = x.shape
+        multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
+        per_thread = 1 if x.is_complex() else 2
+        block = min(64, triton.next_power_of_2(D))
+        while block > 16 and B * triton.cdiv(D, block) < multiprocessors:
+            block //= 2
+        threads = triton.cdiv(B * D, per_thread)
+        if threads >= FULL * multiprocessors:
+            return cls(1, block, per_thread)
+        most = min(MAX_CHUNKS, MAX_THREADS * per_thread // block, triton.cdiv(T, STEPS))
+        enough = max(1, min(OVERFULL * multiprocessors // threads, most))
+        return cls(1 << (enough.bit_length() - 1), block, per_thread)  # the power of two below
+
+    def options(self, T: int, D: int) -> dict[str, Any]:
+        return {
+            "C": self.chunks,
+            "BD": self.block,
+            "U": STEPS,
+            "EVEN": T % (self.chunks * STEPS) == 0 and D % self.block == 0,
+            "num_warps": max(1, self.chunks * self.block // (32 * self.per_thread)),
+        }
+
+
+def _words(x: torch.Tensor) -> torch.Tensor:
+    """Complex numbers as integers of 64 bits, which is how the kernels read and write them."""
+    return x.view(torch.int64) if x.is_complex() else x
+
+
+def _state_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _num_checkpoints(x: torch.Tensor, save: bool) -> int:
+    """Before each row's groups of tokens; none where the backward kernel can read h itself."""
+    return triton.cdiv(x.shape[1], STEPS) if save and x.dtype.itemsize < 4 else 0
+
+
+def scan(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    initial: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """→ h (B, T, D) in the dtype of x, the final states (S, D), checkpoints (B, ⌈T / STEPS⌉, D), of which there are
+    none unless `save`, and h is narrower than float32."""
+    B, T, D = x.shape
+    launch = Launch.of(x)
+    words, documents = (x, x) if cu_seqlens is None else document_starts(cu_seqlens, T, STEPS)
+    h = torch.empty_like(x)
+    final = x.new_empty(B if cu_seqlens is None else len(cu_seqlens) - 1, D, dtype=_state_dtype(x))
+    checkpoints = final.new_empty(B, _num_checkpoints(x, save), D)
+    forward_kernel[(B * triton.cdiv(D, launch.block),)](
+        *map(_words, (x, a, final if initial is None else initial, words, documents, h, checkpoints, final)), T,
+        D=D, K=2 if x.is_complex() else 1,
+        CONSTANT=a.dim() == 1, HAS_INITIAL=initial is not None, PACKED=cu_seqlens is not None,
+        SAVE=checkpoints.numel() > 0, **launch.options(T, D),
+    )  # fmt: skip
+    return h, final, checkpoints
+
+
+def scan_backward(
+    grad_h: torch.Tensor,
+    grad_final: torch.Tensor | None,
+    states: torch.Tensor,
+    a: torch.Tensor,
+    initial: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    checkpoints: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """→ the gradients of x, of a and of the initial state (empty if there is none); `states` are x where there are
+    checkpoints, else h."""
+    B, T, D = states.shape
+    launch = Launch.of(states)
+    words, documents = (states, states) if cu_seqlens is None else document_starts(cu_seqlens, T, STEPS)
+    grad_x = torch.empty_like(states)
+    grad_a = a.new_empty(B, D, dtype=_state_dtype(a)) if a.dim() == 1 else torch.empty_like(a)
+    grad_initial = checkpoints.new_empty(0 if initial is None else initial.shape)
+    tensors = (
+        grad_h, grad_x if grad_final is None else grad_final, states, a, grad_x if initial is None else initial,
+        words, documents, checkpoints, grad_x, grad_a, grad_initial,
+    )  # fmt: skip
+    backward_kernel[(B * triton.cdiv(D, launch.block),)](
+        *map(_words, tensors), T,
+        D=D, K=2 if states.is_complex() else 1,
+        CONSTANT=a.dim() == 1, HAS_INITIAL=initial is not None, HAS_FINAL=grad_final is not None,
+        PACKED=cu_seqlens is not None, SAVED=checkpoints.numel() > 0, **launch.options(T, D),
+    )  # fmt: skip
+    return grad_x, grad_a.sum(0).to(a.dtype) if a.dim() == 1 else grad_a, grad_initial
+
+
+@torch.library.custom_op(f"{NAMESPACE}::diagonal_scan_triton", mutates_args=())
+def _forward(
+    x: torch.Tensor, a: torch.Tensor, initial: torch.Tensor | None, cu_seqlens: torch.Tensor | None, save: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return scan(x, a, initial, cu_seqlens, save)
+
+
+@_forward.register_fake
+def _(x, a, initial, cu_seqlens, save):
+    B, _, D = x.shape
+    final = x.new_empty(B if cu_seqlens is None else cu_seqlens.shape[0] - 1, D, dtype=_state_dtype(x))
+    return torch.empty_like(x), final, final.new_empty(B, _num_checkpoints(x, save), D)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::diagonal_scan_triton_backward", mutates_args=())
+def _backward(
+    grad_h: torch.Tensor,
+    grad_final: torch.Tensor | None,
+    states: torch.Tensor,
+    a: torch.Tensor,
+    initial: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    checkpoints: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return scan_backward(grad_h, grad_final, states, a, initial, cu_seqlens, checkpoints)
+
+
+@_backward.register_fake
+def _(grad_h, grad_final, states, a, initial, cu_seqlens, checkpoints):
+    return torch.empty_like(states), torch.empty_like(a), checkpoints.new_empty(0 if initial is None else initial.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    x, a, initial, cu_seqlens, save = inputs
+    h, _, checkpoints = output
+    assert save, "called without checkpoints, but a gradient is wanted"
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x if x.dtype.itemsize < 4 else h, a, initial, cu_seqlens, checkpoints)
+
+
+def _gradient(ctx, grad_h, grad_final, _):
+    states, a, initial, cu_seqlens, checkpoints = ctx.saved_tensors
+    grad_h = torch.zeros_like(states) if grad_h is None else grad_h.resolve_conj().contiguous()
+    grad_final = None if grad_final is None else grad_final.resolve_conj().contiguous()
+    grad_x, grad_a, grad_initial = _backward(grad_h, grad_final, states, a, initial, cu_seqlens, checkpoints)
+    return grad_x, grad_a, None if initial is None else grad_initial, None, None
+
+
+_forward.register_autograd(_gradient, setup_context=_setup_context)
+
+
+def diagonal_scan_triton(
+    x: torch.Tensor, a: torch.Tensor, initial_state: torch.Tensor | None, cu_seqlens: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`riverrun.kernels.diagonal_scan.diagonal_scan`; `initial_state` has the state's dtype.
+
+    The values of `cu_seqlens` are not checked: the host does not wait for them.
+    """
+    if cu_seqlens is not None:
+        if x.shape[0] != 1:
+            raise ValueError(
+                f"cu_seqlens describes documents packed into one row: expected batch size 1, got {x.shape[0]}"
+            )
+        cu_seqlens = cu_seqlens.to(x.device).contiguous()
+    tensors = [t if t is None else t.resolve_conj().contiguous() for t in (x, a, initial_state)]
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return _forward(*tensors, cu_seqlens, save)[:2]
