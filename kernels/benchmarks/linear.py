@@ -126,7 +126,7 @@ def mamba(inputs: Inputs, case: Case, load: Load) -> Work:
 
 def ssd_contenders(case: Case) -> list[Contender]:
     return [
-        Contender("riverrun auto", ssd_ours("auto")),
+        Contender("riverrun auto", ssd_ours("triton" if case.device.type == "cuda" else "auto")),
         Contender("riverrun chunked torch", ssd_ours("chunked")),
         Contender("mamba_ssm", mamba, "mamba_chunk_scan_combined, chunks of 128", needs_cuda=True),
         sdpa(),

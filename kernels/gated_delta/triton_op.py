@@ -316,7 +316,10 @@ def gated_delta_triton(
     cu_seqlens: torch.Tensor | None,
     exact: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`riverrun.kernels.gated_delta.gated_delta`; `exact`: β may exceed 1."""
+    """`riverrun.kernels.gated_delta.gated_delta`; `exact`: β may exceed 1. The values of `cu_seqlens` are not checked:
+    the host does not wait for them."""
+    if cu_seqlens is not None and q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens describes documents packed into one row: expected batch size 1, got {q.shape[0]}")
     q, k, v, beta = (x.contiguous() for x in (q, k.to(q.dtype), v.to(q.dtype), beta))
     g, initial_state = (None if x is None else x.float().contiguous() for x in (g, initial_state))
     if q.is_cuda:

@@ -132,6 +132,8 @@ def test_user_errors():
     q, k, v, beta, g, _ = make_inputs(1, 4, K=512, V=16)
     with pytest.raises(ValueError, match="take K and V up to 256 and n up to 64, got K=512"):
         gated_delta(q, k, v, beta, g, backend="triton")
+    with pytest.raises(ValueError, match="one row: expected batch size 1, got 2"):
+        gated_delta(*make_inputs(2, 4)[:5], cu_seqlens=torch.tensor([0, 3, 4]), backend="triton")
 
 
 def test_compiles_for_hopper():
