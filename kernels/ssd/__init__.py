@@ -22,7 +22,8 @@ def ssd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_tᵀ,  y_t = h_t C_t + D x_t  (Mamba-2, arXiv 2405.21060).
 
-    Arithmetic is float32 (float64 if `x` is float64), also under autocast. Values are not checked.
+    Arithmetic is float32 (float64 if `x` is float64), also under autocast; the Triton kernels multiply in the type of
+    `x` and sum in float32. Values are not checked.
 
     Args:
         x: (B, T, H, P), the input of H heads of P channels.
@@ -33,7 +34,7 @@ def ssd(
         D: (H,) or (H, P), the skip connection; None for none.
         initial_state: (S, H, P, N), zeros if None. S is the batch size, or the number of documents.
         cu_seqlens: (S + 1,) integers rising from 0 to T: the bounds of documents packed into a batch of one row.
-        backend: "auto", "reference" or "chunked" (see `resolve_backend`).
+        backend: "auto", "reference", "chunked" or "triton" (see `resolve_backend`).
         chunk_size: tokens a chunk in the chunked backend; changes speed, not the result.
 
     Returns:
@@ -59,8 +60,13 @@ def ssd(
         check_shape("ssd", "initial_state", initial_state, (num_sequences, H, P, N), "(S, H, P, N)")
     if chunk_size < 1:
         raise ValueError(f"ssd: chunk_size must be at least 1, got {chunk_size}")
-    chosen = resolve_backend("ssd", backend, x, T)
+    # "auto" stays with the chunked form until the kernels have been checked on a card
+    chosen = resolve_backend("ssd", backend, x, T, has_triton=backend == "triton")
     with torch.autocast(x.device.type, enabled=False):
         if chosen == "reference":
             return ssd_reference(x, dt, A, B, C, D, initial_state, cu_seqlens)
+        if chosen == "triton":
+            from riverrun.kernels.ssd.triton_op import ssd_triton
+
+            return ssd_triton(x, dt, A, B, C, D, initial_state, cu_seqlens)
         return ssd_chunked(x, dt, A, B, C, D, initial_state, cu_seqlens, chunk_size)
