@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from riverrun.kernels.linear_cross_entropy import CHUNK_BYTES, linear_cross_entropy
+from riverrun.kernels.linear_cross_entropy import linear_cross_entropy, tokens_of_chunk
 from riverrun.modeling.cache import RiverrunCache
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.model import RiverrunForCausalLM
@@ -39,7 +39,7 @@ def token_losses(
     if cu_seqlens is not None or cache is not None:
         raise ValueError("packed or streamed sequences need a Riverrun model; give others one sequence a row")
     logits = model(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)  # (B·T, V)
-    rows = max(1, CHUNK_BYTES // (4 * logits.shape[1]))
+    rows = tokens_of_chunk(logits, logits.shape[1])
     dtype = torch.promote_types(logits.dtype, torch.float32)
     parts = [
         F.cross_entropy(part.to(dtype), target, ignore_index=IGNORED, reduction="none")

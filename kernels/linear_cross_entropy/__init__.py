@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from riverrun.kernels.common.backend import resolve_backend
 
 # bytes that the logits of one chunk of tokens may take; a GPU's matrix products want thousands of tokens
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES, CHUNK_BYTES_OF_GPU = 64 * 2**20, 512 * 2**20
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -67,7 +67,7 @@ def linear_cross_entropy(
     # "auto" stays with torch's operators until the kernels have been checked on a card
     chosen = resolve_backend(op, backend, hidden, len(hidden), has_triton=backend == "triton")
     if chunk_size is None:
-        chunk_size = max(1, CHUNK_BYTES[hidden.device.type] // (len(weight) * _dtype(hidden).itemsize))
+        chunk_size = tokens_of_chunk(hidden, len(weight))
     if chunk_size < 1:
         raise ValueError(f"{op}: chunk_size must be at least 1, got {chunk_size}")
     weight = weight.to(hidden.dtype)
@@ -137,6 +137,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 _add_product(grad_weight, grad.T, hidden[rows])
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *(None,) * 5
+
+
+def tokens_of_chunk(x: torch.Tensor, V: int) -> int:
+    """How many tokens' logits to hold at once: float32 (float64 if `x` is float64), on the device of `x`, V a token."""
+    return max(1, (CHUNK_BYTES_OF_GPU if x.is_cuda else CHUNK_BYTES) // (V * _dtype(x).itemsize))
 
 
 def _dtype(x: torch.Tensor) -> torch.dtype:

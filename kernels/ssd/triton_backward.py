@@ -1,11 +1,11 @@
 """The gradients of the state space dual recurrence, in two kernels.
 
-`states_kernel` walks along each sequence twice at once: forwards with the state H, and backwards with its adjoint dH,
+`states_kernel` walks along each sequence twice: forwards with the state H, and backwards with its adjoint dH,
 
     Hᵀ ← e^{a_Q} Hᵀ + Bᵀ diag(e^{a_Q − a_j} dt_j) X        dHᵀ ← e^{a_Q} dHᵀ + Cᵀ diag(eᵃ) dY
 
 and leaves H at each chunk's start and dH at its end, in the type of the inputs. `gradients_kernel` then has all that
-it needs of a chunk. It goes through heads of a group, which share C Bᵀ. With s_j = e^{a_Q − a_j}:
+it needs of a chunk. It goes through heads of a group, which share B and C. With s_j = e^{a_Q − a_j}:
 
     dX  = dt ⊙ u + D dY                   u = (L ⊙ C Bᵀ)ᵀ dY + diag(s) B dHᵀ
     dC  = dCB B + diag(eᵃ) dY H           dCB = L ⊙ dY Xᵀ ⊙ dt_j
@@ -16,6 +16,10 @@ where ddA, the gradient of dt A, is the sum of the gradients of all a_i from its
 below its diagonal gives Σ_j E_ij − Σ_j E_ji, the reading of the state e^{a_i} ⟨(C Hᵀ)_i, dY_i⟩. What the chunk writes
 into the state carries a_Q − a_j, and so gives the sum of dt_j s_j ⟨(B dHᵀ)_j, X_j⟩ over the tokens *before*; what is
 kept of the state gives e^{a_Q} ⟨dH, H⟩ to all. No gradient is the difference of two large sums that should cancel.
+
+All of this is more than the registers of a program hold. Two programs share a chunk: one has what is read from the
+state at its start, diag(eᵃ) dY H and its part of ddt, the other has the rest. They run side by side, so that what both
+load is loaded once.
 """
 
 import triton
@@ -28,17 +32,13 @@ from riverrun.kernels.ssd.triton_forward import load_rows, load_state, load_step
 
 @triton.jit
 def states_kernel(
-    x,  # (B, T, H, P)
+    x,  # (B, T, H, P), or dY
     dt,  # (B, T, H) float32
     A,  # (H,) float32
-    B,  # (B, T, G, N)
-    C,  # (B, T, G, N)
-    grad_y,  # (B, T, H, P)
-    initial,  # (S, H, P, N) float32
-    grad_final,  # (S, H, P, N) float32
+    B,  # (B, T, G, N), or C
+    first_state,  # (S, H, P, N) float32
     states,  # (M, H, N, P)
-    grad_states,  # (M, H, N, P)
-    grad_initial,  # (S, H, P, N) float32
+    last_state,  # (S, H, P, N) float32
     cu_seqlens,
     first,
     T,
@@ -48,53 +48,41 @@ def states_kernel(
     N: tl.constexpr,
     X_STRIDE: tl.constexpr,  # from token to token
     B_STRIDE: tl.constexpr,
-    C_STRIDE: tl.constexpr,
     Q: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-    HAS_FINAL: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+    KEEP_LAST: tl.constexpr,
     PACKED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    way, walk = tl.program_id(0) % 2, tl.program_id(0) // 2 // tl.cdiv(P, BP)
-    block = tl.program_id(0) // 2 % tl.cdiv(P, BP)
+    walk, block = tl.program_id(0) // tl.cdiv(P, BP), tl.program_id(0) % tl.cdiv(P, BP)
     s, h = (walk // H).to(tl.int64), walk % H
     channel, row, step = block * BP + tl.arange(0, BP), tl.arange(0, BN), tl.arange(0, Q)
     begin, tokens, c = sequence(cu_seqlens, first, s, T, Q, PACKED)
     g, rate, place = h // (H // G), tl.load(A + h), (s * H + h) * P * N
-    if way == 0:
-        if HAS_INITIAL:
-            state = load_state(initial + place, row, channel, N, P)
-        else:
-            state = tl.zeros([BN, BP], tl.float32)
-        for at in tl.range(0, tokens, Q, num_stages=STAGES):
-            token = begin + at
-            here = step < tokens - at
-            store_rows(states + ((c + at // Q) * H + h) * N * P, state, row, row < N, P, channel, P)
-            x_tile = load_rows(x + token * X_STRIDE + h * P, step, here, X_STRIDE, channel, P)
-            B_tile = load_rows(B + token * B_STRIDE + g * N, step, here, B_STRIDE, row, N)
-            d, a, end = load_steps(dt + token * H + h, rate, step, here, H, Q)
-            kept = x_tile.to(tl.float32) * (d * exp(end - a))[:, None]
-            state = dot(tl.trans(B_tile), kept.to(x_tile.dtype), state * exp(end))
+    if HAS_FIRST:
+        state = load_state(first_state + place, row, channel, N, P)
     else:
-        if HAS_FINAL:
-            state = load_state(grad_final + place, row, channel, N, P)
+        state = tl.zeros([BN, BP], tl.float32)
+    last = (tl.cdiv(tokens, Q) - 1) * Q
+    for done in tl.range(0, tokens, Q, num_stages=STAGES):
+        at = last - done if BACKWARD else done
+        token = begin + at
+        here = step < tokens - at
+        store_rows(states + ((c + at // Q) * H + h) * N * P, state, row, row < N, P, channel, P)
+        x_tile = load_rows(x + token * X_STRIDE + h * P, step, here, X_STRIDE, channel, P)
+        B_tile = load_rows(B + token * B_STRIDE + g * N, step, here, B_STRIDE, row, N)
+        d, a, end = load_steps(dt + token * H + h, rate, step, here, H, Q)
+        if BACKWARD:
+            weight = exp(a)
         else:
-            state = tl.zeros([BN, BP], tl.float32)
-        last = (tl.cdiv(tokens, Q) - 1) * Q
-        for back in tl.range(0, tokens, Q, num_stages=STAGES):
-            at = last - back
-            token = begin + at
-            here = step < tokens - at
-            store_rows(grad_states + ((c + at // Q) * H + h) * N * P, state, row, row < N, P, channel, P)
-            y_tile = load_rows(grad_y + (token * H + h) * P, step, here, H * P, channel, P)
-            C_tile = load_rows(C + token * C_STRIDE + g * N, step, here, C_STRIDE, row, N)
-            d, a, end = load_steps(dt + token * H + h, rate, step, here, H, Q)
-            read = y_tile.to(tl.float32) * exp(a)[:, None]
-            state = dot(tl.trans(C_tile), read.to(y_tile.dtype), state * exp(end))
-        if HAS_INITIAL:
-            store_state(grad_initial + place, state, row, channel, N, P)
+            weight = d * exp(end - a)
+        written = x_tile.to(tl.float32) * weight[:, None]
+        state = dot(tl.trans(B_tile), written.to(x_tile.dtype), state * exp(end))
+    if KEEP_LAST:
+        store_state(last_state + place, state, row, channel, N, P)
 
 
 @triton.jit
@@ -133,6 +121,7 @@ def gradients_kernel(
     HAS_D: tl.constexpr,
     BY_CHANNEL: tl.constexpr,  # D is (H, P)
     PACKED: tl.constexpr,
+    READ_STAGES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     dtype: tl.constexpr = x.dtype.element_ty
@@ -145,7 +134,7 @@ def gradients_kernel(
     if tokens > 0 and part == 0:
         C_tile = load_rows(C + token * C_STRIDE + g * N, step, here, C_STRIDE, row, N)
         by_C = tl.zeros([Q, BN], tl.float32)
-        for i in tl.range(0, HEADS, num_stages=STAGES):
+        for i in tl.range(0, HEADS, num_stages=READ_STAGES):
             h = first_head + i
             index = tl.cast(c, tl.int64) * H + h
             rate = tl.load(A + h)

@@ -1,7 +1,8 @@
 """The Triton kernels of `ssd` as a torch operator: launches and gradients.
 
 Forward: one walk along the sequences. Nothing but the inputs is saved.
-Backward: the walks of the states and of their adjoints, side by side; then the gradients, chunk by chunk.
+Backward: the walks of the states and of their adjoints; then the gradients, chunk by chunk. What the programs of a
+chunk have of one gradient is summed in a fixed order.
 """
 
 import functools
@@ -19,11 +20,12 @@ from riverrun.kernels.ssd.chunked import ssd_chunked
 from riverrun.kernels.ssd.triton_backward import gradients_kernel, states_kernel
 from riverrun.kernels.ssd.triton_forward import forward_kernel
 
-LARGEST_N = 256
+LARGEST_P, LARGEST_N = 128, 256
 CHUNK = 64  # tokens, at most
-TILE_NUMBERS = 8192  # of a chunk of B, at most
+TILE_NUMBERS = 8192
 TILE_P = 64  # channels of a program, at most
 FORWARD_WARPS, STATES_WARPS = 4, 4
+STATES_REGISTERS = 128  # of a thread, at most: four programs fit a multiprocessor
 GRADIENTS_WARPS = {64: 4, 32: 8, 16: 8}  # by the tokens of a chunk
 STAGES = 2
 
@@ -41,6 +43,7 @@ class Launch:
 
     chunks: Chunks
     dims: dict[str, Any]
+    tile: int  # numbers of a chunk of B, or of a walker's state, at most
     multiprocessors: int
 
     @classmethod
@@ -48,20 +51,22 @@ class Launch:
         (_, T, H, P), (G, N) = x.shape, B.shape[2:]
         BN = max(16, triton.next_power_of_2(N))
         narrow = x.element_size() == 2  # products of float32 are three of narrower numbers
-        most = min(CHUNK if narrow and _is_hopper() else CHUNK // 2, TILE_NUMBERS // BN // (1 if narrow else 4))
+        tile = TILE_NUMBERS if narrow else TILE_NUMBERS // 4
+        most = min(CHUNK if narrow and _is_hopper() else CHUNK // 2, tile // BN)
         Q = max(16, min(most, triton.next_power_of_2(T)))
         multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
-        return cls(cut(x, Q, cu_seqlens), {"H": H, "G": G, "P": P, "N": N, "Q": Q, "BN": BN}, multiprocessors)
+        return cls(cut(x, Q, cu_seqlens), {"H": H, "G": G, "P": P, "N": N, "Q": Q, "BN": BN}, tile, multiprocessors)
 
     @property
     def channels(self) -> int:
         """Of a tile of a head."""
         return max(16, min(TILE_P, triton.next_power_of_2(self.dims["P"])))
 
-    def walk(self, ways: int) -> tuple[int, int]:
-        """The programs that walk along all sequences in so many ways, and the channels of each: fewer where that would
-        leave multiprocessors idle."""
-        P, walks, channels = self.dims["P"], ways * self.chunks.num_sequences * self.dims["H"], self.channels
+    def walk(self) -> tuple[int, int]:
+        """The programs that walk along all sequences, and the channels of each: what registers have room for, or fewer
+        where that would leave multiprocessors idle."""
+        P, walks = self.dims["P"], self.chunks.num_sequences * self.dims["H"]
+        channels = max(16, min(self.channels, self.tile // self.dims["BN"]))
         while channels > 16 and walks * triton.cdiv(P, channels) < self.multiprocessors:
             channels //= 2
         return walks * triton.cdiv(P, channels), channels
@@ -101,7 +106,7 @@ def scan(
     y = x.new_empty(batch, T, H, P)
     final = x.new_empty(launch.chunks.num_sequences, H, P, B.shape[3], dtype=torch.float32)
     x, B, C = map(_rows, (x, B, C))
-    programs, channels = launch.walk(1)
+    programs, channels = launch.walk()
     forward_kernel[(programs,)](
         x, dt, A, B, C, x if D is None else D, final if initial is None else initial, y, final,
         *launch.chunks.tensors[:2], T,
@@ -132,31 +137,45 @@ def scan_backward(
     x, B, C = map(_rows, (x, B, C))
     dims = launch.dims | _strides(x, B, C)
 
-    states, grad_states = x.new_empty(2, M, H, N, P)
-    grad_initial = x.new_empty(0 if initial is None else initial.shape, dtype=torch.float32)
-    programs, channels = launch.walk(2)
-    states_kernel[(programs,)](
-        x, dt, A, B, C, grad_y, grad_initial if initial is None else initial,
-        grad_initial if grad_final is None else grad_final, states, grad_states, grad_initial,
-        *launch.chunks.tensors[:2], T,
-        **dims, BP=channels, HAS_INITIAL=initial is not None, HAS_FINAL=grad_final is not None,
-        PACKED=launch.chunks.packed, STAGES=STAGES, num_warps=STATES_WARPS,
-    )  # fmt: skip
+    programs, channels = launch.walk()
+
+    def walk(
+        backward: bool, x: torch.Tensor, B: torch.Tensor, before: torch.Tensor | None, after: torch.Tensor | None
+    ) -> torch.Tensor:
+        states = x.new_empty(M, H, N, P)
+        states_kernel[(programs,)](
+            x, dt, A, B, states if before is None else before, states, states if after is None else after,
+            *launch.chunks.tensors[:2], T,
+            **launch.dims, X_STRIDE=x.stride(0), B_STRIDE=B.stride(0), BP=channels,
+            BACKWARD=backward, HAS_FIRST=before is not None, KEEP_LAST=after is not None,
+            PACKED=launch.chunks.packed, STAGES=STAGES,
+            num_warps=STATES_WARPS, maxnreg=STATES_REGISTERS,
+        )  # fmt: skip
+        return states
+
+    grad_initial = None if initial is None else torch.empty_like(initial)
+    states = walk(False, x, B, initial, None)
+    grad_states = walk(True, _rows(grad_y), C, grad_final, grad_initial)
 
     grad_dt, grad_A = dt.new_empty(2, batch, T, H), dt.new_zeros(2, M, H)
     grad_B = x.new_empty(splits, batch, T, G, N, dtype=x.dtype if splits == 1 else torch.float32)
     grad_C = dt.new_empty(2 * splits, batch, T, G, N)
     grad_D = dt.new_zeros(0 if D is None else (M, *D.shape))
+    size = P * launch.dims["BN"] * TILE_NUMBERS // launch.tile  # of a state
+    stages = STAGES - (size > 4 * TILE_NUMBERS)
     gradients_kernel[(2 * M * G * splits,)](
         grad_y, x, dt, A, B, C, x if D is None else D, states, grad_states,
         grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, *launch.chunks.tensors[2:], T, M, batch * T,
         **dims, BP=launch.channels, HEADS=H // G // splits, HAS_D=D is not None,
-        BY_CHANNEL=D is not None and D.dim() == 2, PACKED=launch.chunks.packed, STAGES=STAGES,
+        BY_CHANNEL=D is not None and D.dim() == 2, PACKED=launch.chunks.packed,
+        READ_STAGES=stages + (size <= TILE_NUMBERS), STAGES=stages,
         num_warps=GRADIENTS_WARPS[launch.dims["Q"]],
     )  # fmt: skip
     grad_B = grad_B[0] if splits == 1 else grad_B.sum(0).to(x.dtype)
     grad_D = grad_D if D is None else grad_D.sum(0)
-    return grad_x, grad_dt.sum(0), grad_A.sum((0, 1)), grad_B, grad_C.sum(0).to(x.dtype), grad_D, grad_initial
+    grad_C = grad_C.sum(0).to(x.dtype)
+    grad_initial = A.new_empty(0) if grad_initial is None else grad_initial
+    return grad_x, grad_dt.sum(0), grad_A.sum((0, 1)), grad_B, grad_C, grad_D, grad_initial
 
 
 @torch.library.custom_op(f"{NAMESPACE}::ssd_triton", mutates_args=())
@@ -257,8 +276,12 @@ def ssd_triton(
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`riverrun.kernels.ssd.ssd`. The values of `cu_seqlens` are not checked: the host does not wait for them."""
-    if B.shape[3] > LARGEST_N:
-        raise ValueError(f"ssd: the Triton kernels take N up to {LARGEST_N}, got N={B.shape[3]}; use backend='chunked'")
+    P, N = x.shape[3], B.shape[3]
+    if P > LARGEST_P or N > LARGEST_N:
+        raise ValueError(
+            f"ssd: the Triton kernels take P up to {LARGEST_P} and N up to {LARGEST_N}, got P={P}, N={N}; use "
+            "backend='chunked'"
+        )
     if cu_seqlens is not None and x.shape[0] != 1:
         raise ValueError(f"cu_seqlens describes documents packed into one row: expected batch size 1, got {x.shape[0]}")
     B, C = B.to(x.dtype), C.to(x.dtype)

@@ -84,7 +84,7 @@ def test_programs_of_whole_heads_and_of_several(chunk):
     lengths = [1, 2] * 16 + [1]
     inputs, bounds = make_inputs(1, sum(lengths), 4, 1, P=20, S=len(lengths)), bounds_of(lengths)
     launch = Launch.of(inputs[0], inputs[3], bounds)
-    assert (launch.walk(1), launch.splits) == ((132, 32), 2)
+    assert (launch.walk(), launch.splits) == ((132, 32), 2)
     assert max(errors(inputs, bounds)) < 1e-5
 
 
@@ -143,7 +143,7 @@ def test_traces_without_graph_breaks(chunk):
 
 
 def test_user_errors():
-    with pytest.raises(ValueError, match="take N up to 256, got N=300"):
+    with pytest.raises(ValueError, match="take P up to 128 and N up to 256, got P=3, N=300"):
         ssd_triton(*make_inputs(1, 4, N=300), None)
     with pytest.raises(ValueError, match="expected batch size 1, got 2"):
         ssd_triton(*make_inputs(2, 4), torch.tensor([0, 4]))
@@ -161,7 +161,7 @@ def test_compiles_for_hopper():
             assert kernel["wgmma"] > 0, kernel
             assert kernel["shared"] <= SHARED_LIMIT // 2, f"one program a multiprocessor: {kernel}"
         if kernel["launch"] not in ("launch_wide", "launch_single_precision"):
-            most = {"forward_kernel": 128, "states_kernel": 0, "gradients_kernel": 384}[kernel["kernel"]]
+            most = {"forward_kernel": 128, "states_kernel": 64, "gradients_kernel": 384}[kernel["kernel"]]
             assert kernel["stack"] <= most, f"spills: {kernel}"
 
 
@@ -169,7 +169,7 @@ def test_compiles_for_ampere():
     for kernel in compile_for_ampere(LAUNCHES):
         assert kernel["shared"] <= SHARED_LIMIT_OF_AMPERE, kernel
         if kernel["launch"] not in ("launch_wide", "launch_single_precision"):
-            most = {"forward_kernel": 128, "states_kernel": 0, "gradients_kernel": 192}[kernel["kernel"]]
+            most = {"forward_kernel": 128, "states_kernel": 64, "gradients_kernel": 192}[kernel["kernel"]]
             assert kernel["stack"] <= most, f"spills: {kernel}"
 
 
