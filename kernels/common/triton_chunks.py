@@ -36,16 +36,24 @@ def cut(x: torch.Tensor, size: int, cu_seqlens: torch.Tensor | None) -> Chunks:
     B, T = x.shape[:2]
     if cu_seqlens is None:
         return Chunks(B, B * triton.cdiv(T, size), (x, x, x, x), False)
-    S = len(cu_seqlens) - 1
-    num_chunks = T // size + S
     bounds = cu_seqlens.to(torch.int32)
+    num_chunks = T // size + len(bounds) - 1
+    first, start, length, _ = pieces(bounds, size, num_chunks)
+    return Chunks(len(bounds) - 1, num_chunks, (bounds, first, start, length), True)
+
+
+def pieces(
+    bounds: torch.Tensor, size: int, num_pieces: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sequences with bounds (S + 1,) in pieces of `size`, the last of each shorter: how many lie before each sequence
+    (S + 1,); and of each of `num_pieces`, its start, its length and its sequence. Those too many are empty."""
     first = torch.zeros_like(bounds)
     torch.cumsum((bounds.diff() + (size - 1)) // size, 0, dtype=torch.int32, out=first[1:])
-    index = torch.arange(num_chunks, dtype=torch.int32, device=x.device)
-    sequence = torch.searchsorted(first[1:], index, right=True).clamp_max_(S - 1)
+    index = torch.arange(num_pieces, dtype=torch.int32, device=bounds.device)
+    sequence = torch.searchsorted(first[1:], index, right=True).clamp_max_(len(bounds) - 2)
     start = bounds[sequence] + (index - first[sequence]) * size
     length = (bounds[sequence + 1] - start).clamp_(0, size)
-    return Chunks(S, num_chunks, (bounds, first, start, length), True)
+    return first, start, length, sequence
 
 
 @triton.jit

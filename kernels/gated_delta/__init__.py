@@ -28,9 +28,9 @@ def gated_delta(
 
     Source: Gated DeltaNet (arXiv 2412.06464, eq. 10) with the n steps of DeltaProduct (arXiv 2502.10297, §3).
     Arithmetic is float32 (float64 if `q` is float64), also under autocast; keep torch's float32 matmul precision at
-    "highest" if β may exceed 1. The Triton kernels multiply in the inputs' type, and in two parts each what a state is
-    made of if `beta_max` > 1: a reflection does not let errors fade. Values are not checked. The state stays bounded
-    for keys of at most unit length.
+    "highest" if β may exceed 1. The Triton kernels multiply in the inputs' type, and if `beta_max` > 1 what a state is
+    made of in three parts of it, as precise as float32: a reflection does not let errors fade. Values are not checked.
+    The state stays bounded for keys of at most unit length.
 
     Args:
         q: (B, T, H, K), queries.

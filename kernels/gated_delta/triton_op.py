@@ -1,146 +1,25 @@
-"""The Triton kernels of the gated delta rule as a torch operator: launches and gradients.
+"""The Triton kernels of the gated delta rule as a torch operator.
 
 Forward: `inverse_kernel` and `scores_kernel` over all chunks, then `forward_kernel` along the sequences. Nothing but
 the inputs is saved.
 Backward: the preparation again; the two walks, which leave the state at each chunk's start, its adjoint at the end,
 and Y; then `gradients_kernel` over all chunks.
+Where sequences and heads are too few to fill the device, each walk is of segments, after a walk for their maps.
 """
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
 from riverrun.kernels.common.self_check import check_once, deviation
 from riverrun.kernels.common.shooting import NAMESPACE
-from riverrun.kernels.common.triton_chunks import Chunks, cut
-from riverrun.kernels.common.triton_math import INTERPRETED
 from riverrun.kernels.gated_delta.chunked import gated_delta_chunked
 from riverrun.kernels.gated_delta.triton_gradients import gradients_kernel
-from riverrun.kernels.gated_delta.triton_inverse import inverse_kernel
-from riverrun.kernels.gated_delta.triton_scores import scores_kernel
-from riverrun.kernels.gated_delta.triton_walk import backward_kernel, forward_kernel
+from riverrun.kernels.gated_delta.triton_launch import WARPS, Launch, prepare, tile, tiles
+from riverrun.kernels.gated_delta.triton_walks import Walks
 
-WARPS = {"inverse": 1, "scores": 4, "forward": 4, "backward": 4, "gradients": 8}
-STAGES = 2
-TILE_K, TILE_V_OF_GRADIENTS = 128, 32  # at most
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Sub-steps of a chunk, and channels of the values that a walk holds, at most."""
-
-    chunk: int
-    values: int
-
-
-HOPPER = Tiles(64, 64)  # whose matrix products take 64 rows from registers, and the rest from shared memory
-EARLIER = Tiles(32, 32)
-
-
-def _tiles() -> Tiles:
-    if INTERPRETED:
-        return HOPPER
-    return HOPPER if triton.runtime.driver.active.get_current_target().arch >= 90 else EARLIER
-
-
-def _tile(size: int, most: int) -> int:
-    """The largest power of two up to `most` that divides `size`, or one that holds all of it if that is below 16."""
-    factor = size & -size
-    return min(factor, most) if factor >= 16 else max(16, triton.next_power_of_2(size))
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How the work on q (B, T, H, K), k (B, T, n, H, K), v (B, T, n, H, V) is cut."""
-
-    chunks: Chunks
-    dims: dict[str, Any]
-    value_tile: int
-    exact: bool
-
-    @classmethod
-    def of(cls, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None, exact: bool) -> "Launch":
-        (_, T, n, H, K), V = k.shape, v.shape[-1]
-        tiles = _tiles()
-        size = max(16, min(tiles.chunk, triton.next_power_of_2(T * n)), triton.next_power_of_2(n))
-        tokens = size // n
-        tile = _tile(K, TILE_K)
-        dims = {
-            "H": H, "n": n, "K": K, "C": size, "Q": tokens, "QP": max(16, triton.next_power_of_2(tokens)),
-            "BK": tile, "NK": triton.cdiv(K, tile),
-        }  # fmt: skip
-        return cls(cut(k, tokens, cu_seqlens), dims, _tile(V, tiles.values), exact or k.dtype == torch.float32)
-
-    def value_dims(self, V: int) -> dict[str, Any]:
-        return {"V": V, "BV": self.value_tile}
-
-    def walkers(self, V: int) -> tuple[int, int]:
-        return triton.cdiv(V, self.value_tile), self.chunks.num_sequences * self.dims["H"]
-
-    def inner_type(self, k: torch.Tensor) -> torch.dtype:
-        """Of what passes between kernels."""
-        return torch.float32 if self.exact else k.dtype
-
-
-Prepared = tuple[torch.Tensor, ...]
-
-
-def _prepare(
-    launch: Launch,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    beta: torch.Tensor,
-    g: torch.Tensor | None,
-    scale: float,
-    normalise: bool,
-) -> Prepared:
-    """→ inverse (M, H, C, C), decay and units (M, H, C), scores (M, H, QP, C), reads (M, H, QP)."""
-    M, (H, C, QP) = launch.chunks.num_chunks, (launch.dims[x] for x in ("H", "C", "QP"))
-    inverse, scores = (k.new_empty(M, H, rows, C, dtype=launch.inner_type(k)) for rows in (C, QP))
-    decay, units = k.new_empty(2, M, H, C, dtype=torch.float32)
-    reads = k.new_empty(M, H, QP, dtype=torch.float32)
-    inverse_kernel[(M, H)](
-        k, beta, beta if g is None else g, inverse, decay, units, *launch.chunks.tensors[2:], k.shape[1],
-        **{x: launch.dims[x] for x in ("H", "n", "K", "C", "Q")}, BK=min(32, launch.dims["BK"]),
-        NORMALISE=normalise, GATED=g is not None, PACKED=launch.chunks.packed, EXACT=launch.exact,
-        num_warps=WARPS["inverse"],
-    )  # fmt: skip
-    scores_kernel[(M, H)](
-        q, k, decay, units, scores, reads, *launch.chunks.tensors[2:], k.shape[1], scale,
-        **launch.dims, NORMALISE=normalise, PACKED=launch.chunks.packed, num_warps=WARPS["scores"],
-    )  # fmt: skip
-    return inverse, decay, units, scores, reads
-
-
-def _walk(
-    launch: Launch,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    beta: torch.Tensor,
-    prepared: Prepared,
-    initial: torch.Tensor | None,
-    output: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """→ o (B, T, H, V) and the final state (S, H, K, V), or the chunks' first states (M, H, K, V) and K S (like v)."""
-    (B, T, _, H, K), V = k.shape, v.shape[-1]
-    if output:
-        o, final = v.new_empty(B, T, H, V), v.new_empty(launch.chunks.num_sequences, H, K, V, dtype=torch.float32)
-        states = KS = o
-    else:
-        states = v.new_empty(launch.chunks.num_chunks, H, K, V, dtype=launch.inner_type(k))
-        KS = torch.empty_like(v, dtype=states.dtype)
-        o = final = states
-    forward_kernel[launch.walkers(V)](
-        q, k, v, beta, *prepared, final if initial is None else initial, o, states, KS, final,
-        *launch.chunks.tensors[:2], T,
-        **launch.dims, **launch.value_dims(V), HAS_INITIAL=initial is not None,
-        PACKED=launch.chunks.packed, OUTPUT=output, EXACT=launch.exact, STAGES=STAGES, num_warps=WARPS["forward"],
-    )  # fmt: skip
-    return (o, final) if output else (states, KS)
+TILE_V_OF_GRADIENTS = 32  # at most
 
 
 def delta(
@@ -157,8 +36,7 @@ def delta(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """→ o (B, T, H, V), final state (S, H, K, V) float32."""
     launch = Launch.of(k, v, cu_seqlens, exact)
-    prepared = _prepare(launch, q, k, beta, g, scale, normalise)
-    return _walk(launch, q, k, v, beta, prepared, initial, output=True)
+    return Walks(launch, q, k, v, beta, prepare(launch, q, k, beta, g, scale, normalise)).outputs(initial)
 
 
 def delta_backward(
@@ -178,28 +56,21 @@ def delta_backward(
     """→ the gradients of q, k, v, beta and g (float32, empty if there is none), initial state (empty if none)."""
     (_, T, _, H, _), V = k.shape, v.shape[-1]
     launch = Launch.of(k, v, cu_seqlens, exact)
-    prepared = _prepare(launch, q, k, beta, g, scale, normalise)
-    states, KS = _walk(launch, q, k, v, beta, prepared, initial, output=False)
-    grad_states, Y = torch.empty_like(states), torch.empty_like(v, dtype=states.dtype)
-    grad_initial = states.new_empty(0 if initial is None else initial.shape, dtype=torch.float32)
-    common = launch.dims | launch.value_dims(V)
-    common |= {"PACKED": launch.chunks.packed, "EXACT": launch.exact}
-    backward_kernel[launch.walkers(V)](
-        grad_o, grad_initial if grad_final is None else grad_final, q, k, beta, *prepared,
-        grad_states, Y, grad_initial, *launch.chunks.tensors[:2], T,
-        **common, HAS_INITIAL=initial is not None, HAS_FINAL=grad_final is not None, STAGES=STAGES,
-        num_warps=WARPS["backward"],
-    )  # fmt: skip
+    prepared = prepare(launch, q, k, beta, g, scale, normalise)
+    walks = Walks(launch, q, k, v, beta, prepared)
+    starts, maps = walks.starts(initial, both_ways=True)
+    states, KS = walks.states(starts)
+    grad_states, Y, grad_initial = walks.adjoints(grad_o, grad_final, maps, initial is not None)
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     grad_beta = torch.empty_like(beta, dtype=torch.float32)
     grad_g = grad_beta.new_empty(0 if g is None else g.shape)
     gradients_kernel[(launch.chunks.num_chunks, H)](
         grad_o, q, k, v, beta, *prepared, states, grad_states, KS, Y, grad_q, grad_k, grad_v, grad_beta, grad_g,
         *launch.chunks.tensors[2:], T, scale,
-        **common | {"BV": _tile(V, TILE_V_OF_GRADIENTS)}, NORMALISE=normalise, GATED=g is not None,
-        num_warps=WARPS["gradients"],
+        **launch.dims, V=V, BV=tile(V, TILE_V_OF_GRADIENTS), NORMALISE=normalise, GATED=g is not None,
+        PACKED=launch.chunks.packed, EXACT=launch.exact, num_warps=WARPS["gradients"],
     )  # fmt: skip
-    return grad_q, grad_k, grad_v, grad_beta, grad_g, grad_initial
+    return grad_q, grad_k, grad_v, grad_beta, grad_g, grad_beta.new_empty(0) if grad_initial is None else grad_initial
 
 
 @torch.library.custom_op(f"{NAMESPACE}::gated_delta_triton", mutates_args=())
@@ -284,7 +155,8 @@ def check(dtype: torch.dtype, device: torch.device, n: int, H: int, K: int, V: i
     def compare() -> float:
         generator = torch.Generator(device).manual_seed(0)
         draw = functools.partial(torch.randn, generator=generator, device=device)
-        T = 3 * HOPPER.chunk // n + 8  # several chunks, the last one short
+        chunk = tiles().chunk
+        T = 3 * chunk // n + 8  # several chunks, the last one short
         inputs = [draw(1, T, H, K), draw(1, T, n, H, K), draw(1, T, n, H, V)]
         inputs = [x.to(dtype) for x in inputs]
         inputs += [draw(1, T, n, H).sigmoid() * (2 if exact else 1), -draw(1, T, H).exp() / 8, draw(1, H, K, V)]
@@ -296,7 +168,7 @@ def check(dtype: torch.dtype, device: torch.device, n: int, H: int, K: int, V: i
                 if form == "triton":
                     out = _forward(q, k, v, beta, g, 1.0, True, state, None, exact)
                 else:
-                    out = gated_delta_chunked(q, k, v, beta, g, 1.0, True, state, None, HOPPER.chunk)
+                    out = gated_delta_chunked(q, k, v, beta, g, 1.0, True, state, None, chunk)
                 outcomes.append([*out, *torch.autograd.grad(out[0].sum() + out[1].sum(), leaves)])
         return deviation(*outcomes)
 

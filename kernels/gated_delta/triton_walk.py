@@ -12,6 +12,9 @@ the chunk's end,
     dV̂ = Pᵀ dO + diag(exp(G_C − G)) K dS'         Y = Tᵀ dV̂
     dS = γ_C dS' + scale (γ Q)ᵀ dO − (β γ K)ᵀ Y
 
+Where few sequences and heads leave a GPU idle, segments are walked first for their affine maps S ↦ M S + U: with V and
+O left out, K more columns of state that start as the identity become M (`triton_segments.py`).
+
 States are held transposed, (BV, K): each product of the chain from state to state then has its left operand in
 registers, where the product before has left it, and k, q and T as they lie in memory on the right.
 """
@@ -44,10 +47,12 @@ def _store_state(p, tiles, column, V: tl.constexpr, K: tl.constexpr, BK: tl.cons
 
 
 @triton.jit
-def _zero_state(BV: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr):
+def _identity_from(V: tl.constexpr, column, BK: tl.constexpr, NK: tl.constexpr):
+    """Zeros, and from column V on the identity."""
     out = ()
-    for _ in tl.static_range(NK):
-        out = out + (tl.zeros([BV, BK], tl.float32),)
+    for i in tl.static_range(NK):
+        row = i * BK + tl.arange(0, BK)
+        out = out + (tl.where(column[:, None] - V == row[None, :], 1.0, 0.0),)
     return out
 
 
@@ -66,7 +71,8 @@ def forward_kernel(
     o,  # (B, T, H, V)
     states,  # (M, H, K, V): the states at the chunks' starts
     KS,  # (B, T · n, H, V): what the keys, as they came, read from them
-    final,  # (S, H, K, V) float32
+    final,  # (S, H, K, V) float32; or maps (S, H, K, V + K): U, M
+    wanted,  # (S,) which maps
     cu_seqlens,
     first,
     T,
@@ -82,27 +88,31 @@ def forward_kernel(
     BV: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     PACKED: tl.constexpr,
-    OUTPUT: tl.constexpr,  # o and the final state, or else the states and KS
+    OUTPUT: tl.constexpr,  # o and the final state,
+    STATES: tl.constexpr,  # or the states and KS, or else maps
     EXACT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     dtype: tl.constexpr = k.dtype.element_ty
-    s, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    column = tl.program_id(0) * BV + tl.arange(0, BV)
+    COLUMNS: tl.constexpr = V if OUTPUT or STATES else V + K
+    s, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    column = tl.program_id(1) * BV + tl.arange(0, BV)
     begin, tokens, c = sequence(cu_seqlens, first, s, T, Q, PACKED)
     step, t = tl.arange(0, C), tl.arange(0, QP)
 
     if HAS_INITIAL:
         state = _load_state(initial + (s * H + h) * K * V, column, V, K, BK, NK)
     else:
-        state = _zero_state(BV, BK, NK)
+        state = _identity_from(V, column, BK, NK)
+    if COLUMNS > V:
+        tokens = tl.where(tl.load(wanted + s) != 0, tokens, 0)
     for at in tl.range(0, tokens, Q, num_stages=STAGES):
         token = begin + at
         index = (c + at // Q) * H + h
         place = index * C
         left = tl.minimum(tokens - at, Q)
         here = step < left * n
-        if not OUTPUT:
+        if STATES:
             _store_state(states + index * K * V, state, column, V, K, BK, NK)
         k_tiles = load_tiles(k + (token * n * H + h) * K, step, here, H * K, K, BK, NK)
         at_v = (token * n * H + h) * V + step[None, :] * (H * V) + column[:, None]
@@ -115,7 +125,7 @@ def forward_kernel(
         G_end = tl.load(decay + place + C - 1)
 
         of_state = read(state, k_tiles, dtype, EXACT, NK)
-        if not OUTPUT:
+        if STATES:
             tl.store(KS + at_v, of_state.to(KS.dtype.element_ty), mask=mask_v)
         R = values.to(tl.float32) - of_state * (exp(G) * r_k)[None, :]
         corrected = product(R * b[None, :], tl.trans(T_inverse), dtype, EXACT)
@@ -132,8 +142,8 @@ def forward_kernel(
         for i in tl.static_range(NK):
             new = new + (state[i] * exp(G_end) + product(written, k_tiles[i], dtype, EXACT),)
         state = new
-    if OUTPUT:
-        _store_state(final + (s * H + h) * K * V, state, column, V, K, BK, NK)
+    if not STATES:
+        _store_state(final + (s * H + h) * K * COLUMNS, state, column, COLUMNS, K, BK, NK)
 
 
 @triton.jit
@@ -151,6 +161,7 @@ def backward_kernel(
     grad_states,  # (M, H, K, V): the adjoints of the states at the chunks' ends
     Y,  # (B, T · n, H, V)
     grad_initial,  # (S, H, K, V) float32
+    wanted,  # (S,) which grad_initial
     cu_seqlens,
     first,
     T,
@@ -166,21 +177,24 @@ def backward_kernel(
     BV: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     HAS_FINAL: tl.constexpr,
+    STATES: tl.constexpr,  # the adjoints and Y too, or grad_initial alone
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     dtype: tl.constexpr = k.dtype.element_ty
-    s, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    column = tl.program_id(0) * BV + tl.arange(0, BV)
+    s, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    column = tl.program_id(1) * BV + tl.arange(0, BV)
     begin, tokens, c = sequence(cu_seqlens, first, s, T, Q, PACKED)
     step, t = tl.arange(0, C), tl.arange(0, QP)
+    if not STATES:
+        tokens = tl.where(tl.load(wanted + s) != 0, tokens, 0)
     last = (tl.cdiv(tokens, Q) - 1) * Q
 
     if HAS_FINAL:
         state = _load_state(grad_final + (s * H + h) * K * V, column, V, K, BK, NK)
     else:
-        state = _zero_state(BV, BK, NK)
+        state = _identity_from(V, column, BK, NK)
     for back in tl.range(0, tokens, Q, num_stages=STAGES):
         at = last - back
         token = begin + at
@@ -188,7 +202,8 @@ def backward_kernel(
         place = index * C
         left = tl.minimum(tokens - at, Q)
         here = step < left * n
-        _store_state(grad_states + index * K * V, state, column, V, K, BK, NK)
+        if STATES:
+            _store_state(grad_states + index * K * V, state, column, V, K, BK, NK)
         k_tiles = load_tiles(k + (token * n * H + h) * K, step, here, H * K, K, BK, NK)
         q_tiles = load_tiles(q + (token * H + h) * K, t, t < left, H * K, K, BK, NK)
         p_o = grad_o + (token * H + h) * V + t[None, :] * (H * V) + column[:, None]
@@ -204,8 +219,9 @@ def backward_kernel(
         by_corrected = read(state, k_tiles, dtype, EXACT, NK) * (exp(G_end - G) * r_k)[None, :]
         by_corrected += product(g_o, P, dtype, EXACT)
         y = product(by_corrected, T_inverse, dtype, EXACT)
-        p_y = Y + (token * n * H + h) * V + step[None, :] * (H * V) + column[:, None]
-        tl.store(p_y, y.to(Y.dtype.element_ty), mask=here[None, :] & (column < V)[:, None])
+        if STATES:
+            p_y = Y + (token * n * H + h) * V + step[None, :] * (H * V) + column[:, None]
+            tl.store(p_y, y.to(Y.dtype.element_ty), mask=here[None, :] & (column < V)[:, None])
         by_read = g_o.to(tl.float32) * factor[None, :]
         by_erased = y * (b * exp(G) * r_k)[None, :]
         new = ()

@@ -67,6 +67,14 @@ def test_documents():
         assert worst(make_inputs(1, 500, n, S=7), cu_seqlens=bounds) < 1e-2
 
 
+def test_documents_in_segments():
+    """One head: long documents are walked in segments, side by side."""
+    bounds = torch.tensor([0, 1, 5000, 5001, 8192, 16384], dtype=torch.int32, device="cuda")
+    for n in (1, 2):
+        assert worst(make_inputs(1, 16384, n, H=1, S=5), cu_seqlens=bounds) < 1e-2
+    assert worst(make_inputs(2, 8192, H=1, gate=1e-3, beta=1), beta_max=1.0) < 2e-2
+
+
 def test_a_thousand_reflections():
     """Within 10 times of the chunked form in float32, without decay, at β = 2 and with keys in three dimensions."""
     q, k, v, beta, _, state = make_inputs(1, 1024, gate=None, beta=2)

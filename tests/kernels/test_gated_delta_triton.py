@@ -6,13 +6,14 @@ import pytest
 import torch
 from compiling import SHARED_LIMIT, SHARED_LIMIT_OF_AMPERE, compile_for_ampere, compile_for_hopper
 
-from riverrun.kernels.gated_delta import gated_delta, triton_op
+from riverrun.kernels.common import triton_segments
+from riverrun.kernels.gated_delta import gated_delta, triton_launch
 
 
 @pytest.fixture
 def chunk(monkeypatch):
     """Sets the sub-steps of a chunk, for short sequences of several."""
-    return lambda size: monkeypatch.setattr(triton_op, "HOPPER", triton_op.Tiles(size, 64))
+    return lambda size: monkeypatch.setattr(triton_launch, "HOPPER", triton_launch.Tiles(size, 64))
 
 
 def make_inputs(B, T, n=1, H=2, K=16, V=16, S=None, gate="mild", beta=None, dtype=torch.float32):
@@ -86,6 +87,21 @@ def test_documents(bounds, chunk):
     assert max(errors(inputs, cu_seqlens=torch.tensor(bounds))) < 1e-5
 
 
+@pytest.mark.parametrize("B, T, bounds", [(2, 150, None), (1, 150, [0, 1, 2, 70, 71, 150]), (1, 150, [0, 150])])
+@pytest.mark.parametrize("K, V, n", [(16, 16, 1), (48, 32, 2)])
+def test_segments(B, T, bounds, K, V, n, chunk, monkeypatch):
+    """Walked side by side where sequences are few: several segments a sequence, of several chunks."""
+    chunk(16)
+    monkeypatch.setattr(triton_segments, "LEAST_CHUNKS", 1)
+    monkeypatch.setattr(triton_launch, "multiprocessors", lambda _: 3 * B * len(bounds or [0, 1]))
+    inputs = make_inputs(B, T, n, H=1, K=K, V=V, S=B if bounds is None else len(bounds) - 1)
+    options = {} if bounds is None else {"cu_seqlens": torch.tensor(bounds)}
+    launch = triton_launch.Launch.of(inputs[1], inputs[2], options.get("cu_seqlens"), True)
+    assert launch.segments.inner_end.sum() >= 4
+    assert max(errors(inputs, **options)) < 1e-5
+    assert max(errors([*inputs[:4], None, inputs[5]], **options)) < 1e-5
+
+
 def test_narrow_types(chunk):
     chunk(16)
     assert max(errors(make_inputs(1, 40, dtype=torch.bfloat16))) < 2e-2
@@ -138,7 +154,7 @@ def test_user_errors():
 
 def test_compiles_for_hopper():
     kernels = compile_for_hopper(Path(__file__).with_name("launches_gated_delta.py"))
-    names = {"inverse_kernel", "scores_kernel", "forward_kernel", "backward_kernel", "gradients_kernel"}
+    names = {f"{name}_kernel" for name in ("inverse", "scores", "forward", "between", "backward", "gradients")}
     assert {k["kernel"] for k in kernels} == names
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_LIMIT, kernel

@@ -5,7 +5,7 @@ import torch
 
 from riverrun.kernels.common import self_check
 from riverrun.kernels.common.self_check import check_once, deviation
-from riverrun.kernels.gated_delta import triton_op
+from riverrun.kernels.gated_delta import triton_launch, triton_op
 
 CPU = torch.device("cpu")
 
@@ -50,7 +50,7 @@ def test_deviation():
 
 
 def test_gated_delta_checks_its_kernels(monkeypatch):
-    monkeypatch.setattr(triton_op, "HOPPER", triton_op.Tiles(16, 64))
+    monkeypatch.setattr(triton_launch, "HOPPER", triton_launch.Tiles(16, 64))
     triton_op.check(torch.float32, CPU, 2, 1, 16, 16, True)
     right = triton_op.delta_backward
 
@@ -64,7 +64,7 @@ def test_gated_delta_checks_its_kernels(monkeypatch):
 
 
 def test_torch_compile_traces_through(monkeypatch):
-    monkeypatch.setattr(triton_op, "HOPPER", triton_op.Tiles(16, 64))
+    monkeypatch.setattr(triton_launch, "HOPPER", triton_launch.Tiles(16, 64))
     ran = []
     monkeypatch.setattr(triton_op, "check_once", lambda *args: ran.append(args[0]))
 
