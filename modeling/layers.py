@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from riverrun.kernels.causal_conv1d import causal_conv1d
 from riverrun.modeling.layout import Layout
+from riverrun.modeling.projection import project
 
 
 class RMSNorm(nn.Module):
@@ -60,7 +61,8 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 def init_decay(A_log: nn.Parameter, dt_bias: nn.Parameter, A_min, A_max, dt_min, dt_max, dt_floor) -> None:

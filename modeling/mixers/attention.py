@@ -8,6 +8,7 @@ from riverrun.modeling.layers import RMSNorm
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import AttentionOptions
 from riverrun.modeling.mixers.base import Mixer, States, register
+from riverrun.modeling.projection import project
 
 
 @register("attention")
@@ -32,9 +33,10 @@ class Attention(Mixer):
             self.k_norm = RMSNorm(dim if per_head else kv_heads * dim, norm_eps)
 
     def forward(self, x: torch.Tensor, layout: Layout, states: States | None = None) -> torch.Tensor:
-        q = self._heads(self.q_proj(x), self.q_norm)  # (B, H, T, head_dim)
-        k = self._heads(self.k_proj(x), self.k_norm)  # (B, H_kv, T, head_dim)
-        v = self._heads(self.v_proj(x), None)
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q = self._heads(q, self.q_norm)  # (B, H, T, head_dim)
+        k = self._heads(k, self.k_norm)  # (B, H_kv, T, head_dim)
+        v = self._heads(v, None)
         if layout.rope is not None:
             q, k = rotate(q, *layout.rope), rotate(k, *layout.rope)
         if states is not None:

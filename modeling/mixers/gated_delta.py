@@ -10,6 +10,7 @@ from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, i
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import GatedDeltaOptions
 from riverrun.modeling.mixers.base import Mixer, States, register
+from riverrun.modeling.projection import project
 
 
 @register("gated_delta")
@@ -31,7 +32,8 @@ class GatedDelta(Mixer):
             self.a_proj = nn.Linear(hidden_size, H, bias=False)
             self.A_log = fp32_parameter(H)
             self.dt_bias = fp32_parameter(H)
-        self.g_proj = nn.Linear(hidden_size, H * V, bias=False) if options.output_gate else None
+        if options.output_gate:
+            self.g_proj = nn.Linear(hidden_size, H * V, bias=False)
         self.norm_weight = nn.Parameter(torch.empty(V))
         self.o_proj = nn.Linear(H * V, hidden_size, bias=False)
 
@@ -39,15 +41,17 @@ class GatedDelta(Mixer):
         o = self.options
         H, n, K, V = o.num_heads, o.num_householder, o.head_dim, o.value_dim
         hidden = layout.flatten(hidden)
-        q = self.q_conv(self.q_proj(hidden), layout, states, "q_conv").unflatten(-1, (H, K))
-        k = self.k_conv(self.k_proj(hidden), layout, states, "k_conv").unflatten(-1, (n, H, K))
-        v = self.v_conv(self.v_proj(hidden), layout, states, "v_conv").unflatten(-1, (n, H, V))
-        beta = at_least_fp32(self.b_proj(hidden)).sigmoid().unflatten(-1, (n, H))
+        names = "qkvb" + "a" * o.use_gate + "g" * o.output_gate
+        parts = dict(zip(names, project(hidden, *(getattr(self, f"{name}_proj") for name in names))))
+        q = self.q_conv(parts["q"], layout, states, "q_conv").unflatten(-1, (H, K))
+        k = self.k_conv(parts["k"], layout, states, "k_conv").unflatten(-1, (n, H, K))
+        v = self.v_conv(parts["v"], layout, states, "v_conv").unflatten(-1, (n, H, V))
+        beta = at_least_fp32(parts["b"]).sigmoid().unflatten(-1, (n, H))
         if o.allow_neg_eigval:
             beta = 2 * beta
         g = None
         if o.use_gate:
-            dt = F.softplus(at_least_fp32(self.a_proj(hidden)) + at_least_fp32(self.dt_bias))
+            dt = F.softplus(at_least_fp32(parts["a"]) + at_least_fp32(self.dt_bias))
             g = -at_least_fp32(self.A_log).exp() * dt
         y, state = gated_delta(
             q, k, v, beta, g, qk_l2norm=True, beta_max=2.0 if o.allow_neg_eigval else 1.0,
@@ -56,7 +60,7 @@ class GatedDelta(Mixer):
         )  # fmt: skip
         if states is not None:
             states["delta"] = layout.last(state)
-        gate = None if self.g_proj is None else self.g_proj(hidden).unflatten(-1, (H, V))
+        gate = parts["g"].unflatten(-1, (H, V)) if o.output_gate else None
         y = gated_rms_norm(y, gate, self.norm_weight, eps=o.norm_eps, norm_before_gate=True)
         return layout.unflatten(self.o_proj(y.flatten(2)))
 
@@ -72,7 +76,7 @@ class GatedDelta(Mixer):
         plan |= {f"{n}_conv.weight": 0 for n in "qkv"}
         if self.options.use_gate:
             plan |= {"a_proj.weight": 0, "A_log": 0, "dt_bias": 0}
-        if self.g_proj is not None:
+        if self.options.output_gate:
             plan["g_proj.weight"] = 0
         return plan | {"norm_weight": None, "o_proj.weight": 1}
 

@@ -23,6 +23,7 @@ from riverrun.modeling.layers import ShortConv
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import HeadRNNOptions, SLSTMOptions
 from riverrun.modeling.mixers.base import Mixer, States, register
+from riverrun.modeling.projection import project
 
 
 class _HeadRNN(Mixer):
@@ -121,10 +122,11 @@ class _GatedHeadRNN(_HeadRNN):
 
     def forward(self, hidden: torch.Tensor, layout: Layout, states: States | None = None) -> torch.Tensor:
         hidden = layout.flatten(hidden)
-        u = self.convolve(self.u_proj(hidden), layout, states)
+        u, z = project(hidden, self.u_proj, self.z_proj)
+        u = self.convolve(u, layout, states)
         h = self.recur(block_linear(u, self.gate_weight), layout, states).flatten(2)
         h = gated_rms_norm(
-            h, self.z_proj(hidden), self.norm_weight, eps=self.options.norm_eps, groups=self.num_heads,
+            h, z, self.norm_weight, eps=self.options.norm_eps, groups=self.num_heads,
             norm_before_gate=True,
         )  # fmt: skip
         return layout.unflatten(self.o_proj(h))

@@ -22,6 +22,7 @@ from riverrun.modeling.layers import RMSNorm, ShortConv, at_least_fp32
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import ParaGRUOptions, ParaLSTMOptions
 from riverrun.modeling.mixers.base import Mixer, States, register
+from riverrun.modeling.projection import project
 
 
 class BlockDiagonalGates(nn.Module):
@@ -62,12 +63,13 @@ class _ParaMixer(Mixer):
 
     def forward(self, hidden: torch.Tensor, layout: Layout, states: States | None = None) -> torch.Tensor:
         hidden = layout.flatten(hidden)
-        u = self.conv(self.u_proj(hidden), layout, states, "conv")
+        u, z = project(hidden, self.u_proj, self.z_proj)
+        u = self.conv(u, layout, states, "conv")
         initial = None if states is None or layout.cu_seqlens is not None else states.get("cell")
         h, state = self.cell(self.gates(u), initial, layout.cu_seqlens)
         if states is not None:
             states["cell"] = layout.last(state)
-        y = gated_rms_norm(h, self.z_proj(hidden), self.norm.weight, eps=self.norm.eps, norm_before_gate=True)
+        y = gated_rms_norm(h, z, self.norm.weight, eps=self.norm.eps, norm_before_gate=True)
         return layout.unflatten(self.o_proj(y))
 
     def bounded(self, weight: torch.Tensor) -> torch.Tensor:

@@ -30,8 +30,8 @@ def plain_torch(optimizer, dtype, stage):
         for name, p in model.named_parameters():
             p.data = master[name].detach().to(torch.float32 if name == "scale.A_log" and stage == 1 else dtype)
 
-    muon = {"up.weight", "down.weight"} if optimizer == "muon" else set()
-    decayed = {"emb.weight", "up.weight", "down.weight", "conv.weight", "head.weight"}
+    muon = {"gate.weight", "up.weight", "down.weight"} if optimizer == "muon" else set()
+    decayed = {"emb.weight", "gate.weight", "up.weight", "down.weight", "conv.weight", "head.weight"}
     groups = [
         {"params": [p for n, p in master.items() if n not in muon and (n in decayed) == decay], "weight_decay": d}
         for decay, d in ((True, DECAY), (False, 0.0))

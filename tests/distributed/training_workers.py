@@ -27,6 +27,7 @@ from deepspeed.runtime.zero.muon import original_muon
 from torch import nn
 from transformers.utils import ModelOutput
 
+from riverrun.modeling.projection import project
 from riverrun.train import checkpoint, distributed, loop
 from riverrun.train import engine as engines
 from riverrun.train.config import EngineConfig, OptimizerConfig, Recipe, TrainConfig
@@ -120,7 +121,8 @@ class Tiny(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.emb, self.norm = nn.Embedding(VOCAB, WIDTH), nn.LayerNorm(WIDTH)
-        self.up, self.down, self.scale = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(3 * WIDTH, WIDTH), Scale()
+        self.gate, self.up = (nn.Linear(WIDTH, 3 * WIDTH, bias=False) for _ in range(2))
+        self.down, self.scale = nn.Linear(3 * WIDTH, WIDTH), Scale()
         self.conv = nn.Conv1d(WIDTH, WIDTH, 3, groups=WIDTH, padding=1)
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
 
@@ -129,7 +131,8 @@ class Tiny(nn.Module):
 
     def forward(self, input_ids, targets, cu_seqlens=None, num_targets=None, z_loss=0.0):
         x = self.emb(input_ids)
-        x = x + self.down(F.silu(self.up(self.norm(x))))
+        gate, up = project(self.norm(x), self.gate, self.up)
+        x = x + self.down(F.silu(gate) * up)
         x = self.scale(self.conv(x.mT).mT)
         logits = self.head(x).float().flatten(0, 1)
         ce = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
