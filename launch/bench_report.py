@@ -14,6 +14,7 @@ from riverrun.kernels.benchmarks.run import Result
 from riverrun.kernels.benchmarks.timing import Time
 
 PROTOCOL = "docs/benchmark-protocol.md"
+PEERS = ("flash-linear-attention", "mamba_ssm", "causal-conv1d", "liger-kernel", "pararnn", "flashrnn")
 
 
 class Grid(NamedTuple):
@@ -34,9 +35,14 @@ class Grid(NamedTuple):
         return "\n".join([f"**{self.title}**", "", *("| " + " | ".join(line) + " |" for line in lines)])
 
 
+Sweep = list[tuple[Case, list[Result]]]
+AXES = {"length": "sequence length T", "heads": "heads H"}
+
+
 @dataclass
 class Report:
-    """All of one run. `bandwidth`: bytes a second of a copy on the device. `cold`: the compilers' caches were empty."""
+    """All of one run. `bandwidth`: bytes a second of a copy on the device. `cold`: the compilers' caches were empty.
+    `sweeps`: by their axes, of `AXES`."""
 
     benchmark: Benchmark
     case: Case
@@ -45,7 +51,7 @@ class Report:
     command: str
     cold: bool
     results: dict[str, list[Result]] = field(default_factory=dict)
-    sweep: list[tuple[Case, list[Result]]] = field(default_factory=list)
+    sweeps: dict[str, Sweep] = field(default_factory=dict)
 
     def floor(self, case: Case) -> tuple[float, float]:
         """The least time, in milliseconds, of forward and backward: their bytes at the speed of a copy."""
@@ -54,11 +60,26 @@ class Report:
 
     def grids(self) -> list[Grid]:
         found = [grid for regime in self.results for grid in (self._times(regime), self._costs(regime))]
-        return found + ([self._sweep("forward"), self._sweep("backward")] if self.sweep else [])
+        return found + [self._sweep(axis, what) for axis in self.sweeps for what in ("forward", "backward")]
+
+    def shares(self, regime: str) -> dict[str, float]:
+        """What recurrence and glue take of a layer's time, forward and backward, for contenders of the same maths: all
+        that its matrix products alone do not. Empty where these were not measured."""
+        times = {r.name: r.layer.median for r in self.results[regime] if r.layer is not None}
+        if self.benchmark.products not in times:
+            return {}
+        same = [c.name for c in self.benchmark.contenders(self.case) if c.same_maths]
+        return {name: 1 - times[self.benchmark.products] / times[name] for name in same if name in times}
 
     def notes(self) -> list[str]:
         """What must be known to read the tables."""
-        lines = [f"{regime}: {self.benchmark.regimes[regime]}" for regime in self.results]
+        lines = []
+        for regime in self.results:
+            lines += [
+                f"recurrence and glue: {share:.0%} of the layer's time, {name}: 1 − {self.benchmark.products} / layer"
+                for name, share in self.shares(regime).items()
+            ]
+        lines += [f"{regime}: {self.benchmark.regimes[regime]}" for regime in self.results]
         lines.append(
             f"HBM floor: {self.benchmark.formula}, at the {self.bandwidth / 1e12:.2f} TB/s that a copy on the device "
             "reads and writes"
@@ -85,13 +106,13 @@ class Report:
         for result in (r for found in self.results.values() for r in found):
             if result.skipped and result.name not in names.setdefault(result.skipped, []):
                 names[result.skipped].append(result.name)
-        lengths: dict[tuple[str, str], list[str]] = {}  # of the sweep, where the reason is another one
-        for case, found in self.sweep:
-            for r in found:
+        places: dict[tuple[str, str, str], list[str]] = {}  # of the sweeps, where the reason is another one
+        for axis, sweep in self.sweeps.items():
+            for case, r in ((case, r) for case, found in sweep for r in found):
                 if r.skipped and r.name not in names.get(r.skipped, []):
-                    lengths.setdefault((r.skipped, r.name), []).append(str(case.T))
+                    places.setdefault((r.skipped, r.name, AXES[axis][-1]), []).append(str(_at(axis, case)))
         lines = [f"{', '.join(group)}: {reason}" for reason, group in names.items()]
-        return lines + [f"{name} at T = {', '.join(at)}: {why}" for (why, name), at in lengths.items()]
+        return lines + [f"{name} at {axis} = {', '.join(at)}: {why}" for (why, name, axis), at in places.items()]
 
     def headline(self) -> str:
         case = self.case
@@ -108,12 +129,13 @@ class Report:
             "device": torch.cuda.get_device_name(self.case.device) if cuda else f"CPU, {platform.machine()}",
             "threads": None if cuda else torch.get_num_threads(),
             "torch": torch.__version__,
-            "triton": _version_of_triton(),
+            "triton": _version("triton"),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version() if cuda else None,
             "python": platform.python_version(),
             "float32 matrix products": torch.get_float32_matmul_precision(),
             "tf32 in cuDNN": torch.backends.cudnn.allow_tf32,
+            **{name: _version(name) for name in PEERS},
         }
 
     def _times(self, regime: str) -> Grid:
@@ -151,22 +173,24 @@ class Report:
         columns = ("contender", "forward", "fwd+bwd", "layer", *errors, "passes")
         return Grid(f"Peak MiB, and relative error against float64{at}, {regime}", columns, rows)
 
-    def _sweep(self, what: str) -> Grid:
-        names = swept(self.sweep, what)
+    def _sweep(self, axis: str, what: str) -> Grid:
+        names = swept(self.sweeps[axis], what)
         rows = []
-        for case, results in self.sweep:
+        for case, results in self.sweeps[axis]:
             found = {r.name: getattr(r, what) for r in results}
             floor = self.floor(case)[what == "backward"]
             figures = (f"{t.median:.3f}" if (t := found.get(name)) else "–" for name in names)
-            rows.append((f"{case.T}", f"{case.B}", *figures, f"{floor:.3f}"))
-        return Grid(f"Median {what} ms over T", ("T", "B", *names, "HBM floor"), rows)
+            beside = case.B if axis == "length" else case.D // case.H
+            rows.append((f"{_at(axis, case)}", f"{beside}", *figures, f"{floor:.3f}"))
+        columns = ("T", "B") if axis == "length" else ("H", "D/H")
+        return Grid(f"Median {what} ms over {columns[0]}", (*columns, *names, "HBM floor"), rows)
 
 
 def write(report: Report, folder: Path) -> list[Path]:
     """OP.json and OP.md, and OP.png if there was a sweep. What was there is replaced."""
     name = report.benchmark.name
     paths = [folder / f"{name}.json", folder / f"{name}.md"]
-    if report.sweep:
+    if any(report.sweeps.values()):
         paths.append(folder / f"{name}.png")
         _plot(report, paths[-1])
     paths[0].write_text(json.dumps(_document(report), indent=2) + "\n")
@@ -174,8 +198,8 @@ def write(report: Report, folder: Path) -> list[Path]:
     return paths
 
 
-def swept(sweep: list[tuple[Case, list[Result]]], what: str) -> list[str]:
-    """The contenders that were measured at any length, in their order."""
+def swept(sweep: Sweep, what: str) -> list[str]:
+    """The contenders that were measured at any point, in their order."""
     measured = {r.name for _, results in sweep for r in results if getattr(r, what)}
     return [r.name for r in sweep[0][1] if r.name in measured]
 
@@ -196,8 +220,11 @@ def _document(report: Report) -> dict[str, Any]:
         "cold_caches": report.cold,
         "environment": report.environment(),
         "copy_bandwidth": report.bandwidth,
-        "regimes": {regime: results(report.case, found) for regime, found in report.results.items()},
-        "sweep": [results(case, found) for case, found in report.sweep],
+        "regimes": {
+            regime: results(report.case, found) | {"recurrence_and_glue": report.shares(regime)}
+            for regime, found in report.results.items()
+        },
+        "sweeps": {axis: [results(*point) for point in sweep] for axis, sweep in report.sweeps.items()},
     }
 
 
@@ -205,8 +232,8 @@ def _markdown(report: Report) -> str:
     environment = ", ".join(f"{k} {v}" for k, v in report.environment().items() if v is not None)
     parts = [f"# {report.headline()}", f"```\n{report.command}\n```", f"{environment}. The protocol: `{PROTOCOL}`."]
     parts += [grid.markdown() for grid in report.grids()]
-    if report.sweep:
-        parts.append(f"![time over sequence length]({report.benchmark.name}.png)")
+    if report.sweeps:
+        parts.append(f"![time over {' and '.join(report.sweeps)}]({report.benchmark.name}.png)")
     parts += ["Notes", "\n".join(f"- {line}" for line in report.notes())]
     if missing := report.missing():
         parts += ["Not measured", "\n".join(f"- {line}" for line in missing)]
@@ -214,34 +241,45 @@ def _markdown(report: Report) -> str:
 
 
 def _plot(report: Report, path: Path) -> None:
+    """A row of panels an axis: forward and backward."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(13, 6), layout="constrained", sharex=True, sharey=True)
-    lengths = [case.T for case, _ in report.sweep]
-    names = swept(report.sweep, "forward")
-    for i, (panel, what) in enumerate(zip(panels, ("forward", "backward"))):
-        for j, name in enumerate(names):
-            points = [(case.T, t.median) for case, rs in report.sweep for r in rs if r.name == name
-                      if (t := getattr(r, what))]  # fmt: skip
-            style = "-" if name.startswith("riverrun") else "--"
-            color = plt.get_cmap("tab20")(j % 20)
-            panel.plot(*zip(*points), style, color=color, marker=".", label=name)
-        floors = [report.floor(case)[i] for case, _ in report.sweep]
-        panel.plot(lengths, floors, ":", color="black", label="HBM floor")
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        panel.set(xlabel="sequence length T", title=what)
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("ms, median")
+    sweeps = {axis: sweep for axis, sweep in report.sweeps.items() if sweep}
+    size = (13, 1 + 5 * len(sweeps))
+    figure, panels = plt.subplots(
+        len(sweeps), 2, figsize=size, layout="constrained", sharex="row", sharey="row", squeeze=False
+    )
+    order = [contender.name for contender in report.benchmark.contenders(report.case)]
+    lines = {}
+    for row, (axis, sweep) in zip(panels, sweeps.items()):
+        for i, (panel, what) in enumerate(zip(row, ("forward", "backward"))):
+            for name in swept(sweep, what):
+                points = [(_at(axis, case), t.median) for case, rs in sweep for r in rs if r.name == name
+                          if (t := getattr(r, what))]  # fmt: skip
+                style = "-" if name.startswith("riverrun") else "--"
+                color = plt.get_cmap("tab20")(order.index(name) % 20)
+                (lines[name],) = panel.plot(*zip(*points), style, color=color, marker=".")
+            floors = [(_at(axis, case), report.floor(case)[i]) for case, _ in sweep]
+            (lines["HBM floor"],) = panel.plot(*zip(*floors), ":", color="black")
+            panel.set_xscale("log", base=2)
+            panel.set_yscale("log")
+            panel.set(xlabel=AXES[axis], title=what)
+            panel.grid(alpha=0.3)
+        row[0].set_ylabel("ms, median")
     case = report.case
-    rows = f"B = max(1, {case.B * case.T:,} / T) rows"
-    figure.suptitle(f"{report.benchmark.name} {case.variant}: D={case.D}, {_dtype(case)}, {rows}".replace(" :", ":"))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    tokens = f"{case.B * case.T:,} tokens"
+    figure.suptitle(f"{report.benchmark.name} {case.variant}: D={case.D}, {_dtype(case)}, {tokens}".replace(" :", ":"))
+    lines["HBM floor"] = lines.pop("HBM floor")  # last
+    figure.legend(lines.values(), lines, loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=144)
     plt.close(figure)
+
+
+def _at(axis: str, case: Case) -> int:
+    return case.T if axis == "length" else case.H
 
 
 def _time(time: Time | None) -> str:
@@ -266,10 +304,10 @@ def _dtype(case: Case) -> str:
     return str(case.dtype).removeprefix("torch.")
 
 
-def _version_of_triton() -> str | None:
+def _version(package: str) -> str | None:
     from importlib import metadata
 
     try:
-        return metadata.version("triton")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None

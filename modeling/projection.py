@@ -7,18 +7,29 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+NARROW = 512  # outputs: a layer of fewer reads its input for little work, and shares the reading with others
+
 
 def project(x: torch.Tensor, *layers: nn.Linear) -> tuple[torch.Tensor, ...]:
-    """What linear layers without bias make of x (..., D): (..., N) each.
+    """What linear layers without bias make of x (..., D): (..., N) each, those of narrow layers views of one tensor.
 
     The gradient of x is summed by the matrix products themselves: autograd would take one more pass over memory for
-    each layer but the first.
+    each layer but the first. Compilers do as well, and DeepSpeed's stage 3 wants them to see the layers.
     """
+    if torch.compiler.is_compiling():
+        return tuple(layer(x) for layer in layers)
+    narrow = [layer.out_features < NARROW for layer in layers]
     weights = [layer.weight for layer in layers]
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weights = x.to(dtype), [w.to(dtype) for w in weights]
-    return _Projections.apply(x, *weights)
+    products = [w for w, together in zip(weights, narrow) if not together]
+    beside = [w for w, together in zip(weights, narrow) if together]
+    if beside:
+        products.append(torch.cat(beside))
+    outputs = list(_Projections.apply(x, *products))
+    parts = iter(outputs.pop().split([len(w) for w in beside], dim=-1) if beside else ())
+    return tuple(next(parts) if together else outputs.pop(0) for together in narrow)
 
 
 class _Projections(torch.autograd.Function):

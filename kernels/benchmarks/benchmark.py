@@ -1,6 +1,6 @@
 """What a benchmark consists of. A new op takes one file with one `Benchmark`, and a place in the package's list."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -45,6 +45,8 @@ class Work:
         layer: the same from the layer's input x, through the projection.
         layer_leaves: x and all parameters.
         backward: dL/dh → whatever the contender's backward kernel gives, where it is not reached through autograd.
+        arrange: the leaves' gradients → those of the reference's leaves, where a contender keeps the same parameters in
+            another form.
     """
 
     forward: Callable[[], torch.Tensor]
@@ -52,6 +54,7 @@ class Work:
     layer: Callable[[], torch.Tensor] | None = None
     layer_leaves: tuple[torch.Tensor, ...] = ()
     backward: Callable[[torch.Tensor], Any] | None = None
+    arrange: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,10 @@ class Benchmark:
             written at least, and `formula`, the same in words.
         sequences: the inputs with axes (B, T, …), which are cut where the reference would take too long.
         variants: the choices of `Case.variant`, the first being the default.
-        width, heads: D and H where nothing else is asked for.
+        width, heads: D and H where nothing else is asked for; H may follow from D.
+        head_counts: the H of the sweep over heads of that width in all; empty: there is none.
+        products: of a layer, the contender that does its matrix products alone: the rest of the layer's time is that of
+            the recurrence, and of what glues all together.
     """
 
     name: str
@@ -102,4 +108,9 @@ class Benchmark:
     sequences: tuple[str, ...] = ("x", "gates")
     variants: tuple[str, ...] = ()
     width: int = 2048
-    heads: int = 8
+    heads: int | Callable[[int], int] = 8
+    head_counts: tuple[int, ...] = ()
+    products: str = ""
+
+    def heads_of(self, width: int) -> int:
+        return self.heads(width) if callable(self.heads) else self.heads

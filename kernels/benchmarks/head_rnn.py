@@ -115,4 +115,5 @@ HEAD_RNN = Benchmark(
     backward_numbers=lambda case: 2 * len(CELLS[case.variant].gates) + 1,
     formula="forward G gates + h = G + 1 numbers an element; backward G gates + dL/dh + G gradients = 2 G + 1",
     variants=tuple(CELLS),
+    head_counts=(8, 16, 32, 64, 128),
 )

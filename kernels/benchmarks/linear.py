@@ -10,8 +10,8 @@ from riverrun.kernels.benchmarks.benchmark import Benchmark, Case, Contender, In
 from riverrun.kernels.gated_delta import gated_delta
 from riverrun.kernels.ssd import ssd
 
-STEPS = {"n=1": 1, "n=2": 2, "n=3": 3}
-STATE_SIZE = 128  # of ssd, in one group
+STEPS = {"n=1": 1, "n=2": 2, "n=3": 3, "n=1 V=2K": 1}  # Householder steps
+STATE_SIZES = {f"N={n}": n for n in (128, 16, 64, 256)}  # of ssd, in one group
 
 
 def sdpa() -> Contender:
@@ -28,15 +28,21 @@ def sdpa() -> Contender:
 # gated_delta
 
 
+def value_ratio(case: Case) -> int:
+    """V / K."""
+    return 2 if case.variant.endswith("V=2K") else 1
+
+
 def delta_inputs(case: Case, regime: str) -> Inputs:
-    """Heads with K = V; keys get unit length in the op; β in [0, 1], or twice that where states are to be tracked."""
+    """Heads with K = D / H, and V as large or twice that; keys get unit length in the op; β in [0, 1], or twice that
+    where states are to be tracked."""
     n, K = STEPS[case.variant], case.D // case.H
     like: dict[str, Any] = {"device": case.device, "dtype": case.dtype}
     beta = torch.rand(case.B, case.T, n, case.H, device=case.device)
     return {
         "q": torch.randn(case.B, case.T, case.H, K, **like),
         "k": torch.randn(case.B, case.T, n, case.H, K, **like),
-        "v": torch.randn(case.B, case.T, n, case.H, K, **like),
+        "v": torch.randn(case.B, case.T, n, case.H, K * value_ratio(case), **like),
         "beta": 2 * beta if regime == "reflections" else beta,
         "g": F.logsigmoid(torch.randn(case.B, case.T, case.H, device=case.device) + 3),
     }
@@ -84,12 +90,13 @@ GATED_DELTA = Benchmark(
     },
     contenders=delta_contenders,
     reference=delta_ours("reference"),
-    forward_numbers=lambda case: 2 + 2 * STEPS[case.variant],
-    backward_numbers=lambda case: 3 + 4 * STEPS[case.variant],
+    forward_numbers=lambda case: (1 + STEPS[case.variant]) * (1 + value_ratio(case)),
+    backward_numbers=lambda case: 2 + 2 * STEPS[case.variant] + (1 + 2 * STEPS[case.variant]) * value_ratio(case),
     formula="forward q, n k, n v, o; backward q, n k, n v, dO, dq, n dk, n dv",
     sequences=("q", "k", "v", "beta", "g"),
     variants=tuple(STEPS),
     heads=16,
+    head_counts=(8, 16, 32, 64),
 )
 
 
@@ -104,8 +111,8 @@ def ssd_inputs(case: Case, regime: str) -> Inputs:
         "x": torch.randn(case.B, case.T, case.H, case.D // case.H, **like),
         "dt": 10 ** (-3 + 2 * torch.rand(case.B, case.T, case.H, **wide)),
         "A": -1 - 15 * torch.rand(case.H, **wide),
-        "B": torch.randn(case.B, case.T, 1, STATE_SIZE, **like),
-        "C": torch.randn(case.B, case.T, 1, STATE_SIZE, **like),
+        "B": torch.randn(case.B, case.T, 1, STATE_SIZES[case.variant], **like),
+        "C": torch.randn(case.B, case.T, 1, STATE_SIZES[case.variant], **like),
         "D": torch.ones(case.H, **wide),
     }
 
@@ -139,10 +146,12 @@ SSD = Benchmark(
     regimes={"fresh": "dt log-uniform in [0.001, 0.1], A uniform in −[1, 16]: as Mamba-2 starts"},
     contenders=ssd_contenders,
     reference=ssd_ours("reference"),
-    forward_numbers=lambda case: 2 + 2 * STATE_SIZE / case.D,
-    backward_numbers=lambda case: 3 + 4 * STATE_SIZE / case.D,
-    formula=f"forward x, y, and B, C of {STATE_SIZE} for all heads; backward x, B, C, dY, dx, dB, dC",
+    forward_numbers=lambda case: 2 + 2 * STATE_SIZES[case.variant] / case.D,
+    backward_numbers=lambda case: 3 + 4 * STATE_SIZES[case.variant] / case.D,
+    formula="forward x, y, and B, C for all heads; backward x, B, C, dY, dx, dB, dC",
     sequences=("x", "dt", "B", "C"),
+    variants=tuple(STATE_SIZES),
     width=4096,
     heads=64,
+    head_counts=(32, 64, 128),
 )

@@ -1,4 +1,4 @@
-"""Runs a benchmark: every contender on one case, and the sweep over sequence lengths."""
+"""Runs a benchmark: every contender on one case, and sweeps over sequence lengths and heads."""
 
 import traceback
 from collections.abc import Callable, Iterator
@@ -76,23 +76,35 @@ def compare(
         yield result
 
 
+def lengths(case: Case, shortest: int, longest: int) -> list[Case]:
+    """T = shortest, twice that, … up to longest, at a constant number of tokens: B = max(1, B · T // length) rows."""
+    tokens, found = case.B * case.T, []
+    while shortest <= longest:
+        found.append(replace(case, T=shortest, B=max(1, tokens // shortest)))
+        shortest *= 2
+    return found
+
+
+def head_shapes(benchmark: Benchmark, case: Case) -> list[Case]:
+    """Few wide heads to many narrow ones, at the same width in all."""
+    return [replace(case, H=heads) for heads in benchmark.head_counts if case.D % heads == 0]
+
+
 def sweep(
-    benchmark: Benchmark, case: Case, lengths: list[int], load: Load, *, repeats: int, only: tuple[str, ...] = ()
+    benchmark: Benchmark, shapes: list[Case], load: Load, *, repeats: int, only: tuple[str, ...] = ()
 ) -> Iterator[tuple[Case, list[Result]]]:
-    """Forward and backward times over sequence lengths, in ascending order, at a constant number of tokens:
-    B = max(1, B · T // length) rows each."""
-    tokens, too_slow = case.B * case.T, dict[str, int]()
+    """Forward and backward times over shapes. A contender that is too slow at one is left out of those that follow."""
+    too_slow = dict[str, str]()
 
     def measure(contender: Contender, shape: Case, inputs: Inputs, result: Result) -> None:
         work = contender.build(inputs, shape, load)
         forward = torch.no_grad()(work.forward)
-        result.forward = measure_time(forward, case.device, repeats)
-        result.backward = measure_time(_backward(work, _upstream(forward())), case.device, repeats)
+        result.forward = measure_time(forward, shape.device, repeats)
+        result.backward = measure_time(_backward(work, _upstream(forward())), shape.device, repeats)
 
-    for length in lengths:
-        shape = replace(case, T=length, B=max(1, tokens // length))
+    for shape in shapes:
         contenders = select(benchmark.contenders(shape), only)
-        free, need = free_memory(case.device), estimated_bytes(benchmark, shape)
+        free, need = free_memory(shape.device), estimated_bytes(benchmark, shape)
         if free is not None and need > free:
             reason = f"left out: about {need >> 30} GiB needed, {free >> 30} GiB free"
             yield shape, [Result(c.name, c.note, reason) for c in contenders]
@@ -102,12 +114,12 @@ def sweep(
             result = Result(contender.name, contender.note, unavailable(contender, shape))
             results.append(result)
             if contender.name in too_slow:
-                result.skipped = f"left out: over {SLOWEST_CALL:.0f} ms a call at T={too_slow[contender.name]}"
+                result.skipped = f"left out: over {SLOWEST_CALL:.0f} ms a call at {too_slow[contender.name]}"
             if result.skipped:
                 continue
             result.skipped = attempt(measure, contender, shape, inputs, result)
             if max((t.median for t in (result.forward, result.backward) if t), default=0) > SLOWEST_CALL:
-                too_slow[contender.name] = length
+                too_slow[contender.name] = f"T={shape.T}, {shape.H} heads"
         yield shape, results
         inputs.clear()  # before the next ones are made
 
@@ -221,11 +233,12 @@ def _upstream(h: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor
 
 
 def _outcome(work: Work, dtype: torch.dtype) -> list[torch.Tensor]:
-    """h and, unless the backward pass is not autograd's, the gradients of the leaves."""
+    """h and, unless the backward pass is not autograd's, the gradients of the reference's leaves."""
     if work.backward is not None:
         return [work.forward().detach()]
     h = work.forward()
-    return [h.detach(), *torch.autograd.grad(h, work.leaves, _upstream(h, dtype))]
+    grads = torch.autograd.grad(h, work.leaves, _upstream(h, dtype))
+    return [h.detach(), *(grads if work.arrange is None else work.arrange(grads))]
 
 
 def _errors(got: list[torch.Tensor], want: list[torch.Tensor]) -> dict[str, float]:

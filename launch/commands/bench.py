@@ -1,4 +1,4 @@
-"""`riverrun bench`: how fast a kernel is, beside its alternatives, on this machine."""
+"""`riverrun bench`: how fast a kernel or a layer is, beside its alternatives, on this machine."""
 
 import os
 import tempfile
@@ -18,7 +18,9 @@ def bench(
     op: Annotated[
         str,
         typer.Argument(
-            help="para_gru, para_lstm, head_rnn, gated_delta, ssd or linear_cross_entropy.", show_default=False
+            help="A kernel: para_gru, para_lstm, head_rnn, gated_delta, ssd or linear_cross_entropy; or a whole layer: "
+            "mamba2_layer or gated_delta_layer.",
+            show_default=False,
         ),
     ],
     batch: Annotated[int, typer.Option(min=1, help="Rows, B.")] = 8,
@@ -31,8 +33,8 @@ def bench(
     variant: Annotated[
         str | None,
         typer.Option(
-            help="lstm, slstm, gru or elman of head_rnn; n=1, n=2 or n=3 of gated_delta; the vocabulary of "
-            "linear_cross_entropy. Default: the first."
+            help="lstm, slstm, gru or elman of head_rnn; n=1, n=2, n=3 or 'n=1 V=2K' of gated_delta (its layer: n=1, "
+            "n=2); N=128, N=16, N=64 or N=256 of ssd; the vocabulary of linear_cross_entropy. Default: the first."
         ),
     ] = None,
     dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of gates, inputs and outputs.")] = "bf16",
@@ -44,8 +46,11 @@ def bench(
         str, typer.Option(help="Contenders to measure: beginnings of their names, with commas between them.")
     ] = "",
     sweep: Annotated[
-        bool, typer.Option("--sweep/--no-sweep", help="Also time over sequence lengths, at the same tokens in all.")
-    ] = True,
+        Literal["all", "length", "heads", "none"],
+        typer.Option(
+            help="Also time over sequence lengths, at the same tokens in all, or over heads of the same width."
+        ),
+    ] = "all",
     sweep_max: Annotated[int, typer.Option(min=SHORTEST, help="The longest sequence of the sweep.")] = LONGEST,
     keep_caches: Annotated[
         bool, typer.Option(help="Use what compilers have cached: quicker, but first calls do not count compilation.")
@@ -54,11 +59,12 @@ def bench(
         Path | None, typer.Option("--out", help="The folder for the table and the plot; default: bench/OP.")
     ] = None,
 ) -> None:
-    """Time a kernel beside its alternatives, in one run on the same inputs.
+    """Time a kernel, or a layer, beside its alternatives, in one run on the same inputs.
 
     Measures forward, backward, the layer with all gradients, peak memory, the first call with compilation, and the
-    error against float64; then the time over sequence lengths. Writes OP.md, OP.json and OP.png. Contenders that are
-    not installed, or fail, are listed with the reason. docs/benchmark-protocol.md says how it is done.
+    error against float64; then the time over sequence lengths and over heads. Writes OP.md, OP.json and OP.png.
+    Contenders that are not installed, or fail, are listed with the reason. docs/benchmark-protocol.md says how it is
+    done.
     """
     import sys
     from importlib import import_module
@@ -69,15 +75,18 @@ def bench(
     from riverrun.eval.models import resolve_device
     from riverrun.kernels.benchmarks import BENCHMARKS
     from riverrun.kernels.benchmarks.benchmark import Case
-    from riverrun.kernels.benchmarks.run import compare, select
-    from riverrun.kernels.benchmarks.run import sweep as sweep_lengths
+    from riverrun.kernels.benchmarks.run import compare, head_shapes, lengths, select
+    from riverrun.kernels.benchmarks.run import sweep as measure
     from riverrun.kernels.benchmarks.timing import copy_bandwidth
     from riverrun.launch.bench_report import Report, write
+    from riverrun.modeling.benchmarks import LAYERS
 
-    if op not in BENCHMARKS:
-        raise ValueError(f"there is no benchmark of {op!r}; choose one of {', '.join(BENCHMARKS)}")
-    benchmark = BENCHMARKS[op]
-    width, heads = width or benchmark.width, heads or benchmark.heads
+    benchmarks = BENCHMARKS | LAYERS
+    if op not in benchmarks:
+        raise ValueError(f"there is no benchmark of {op!r}; choose one of {', '.join(benchmarks)}")
+    benchmark = benchmarks[op]
+    width = width or benchmark.width
+    heads = heads or benchmark.heads_of(width)
     if width % heads:
         raise ValueError(f"--width {width} is not divisible by --heads {heads}")
     if variant is not None and variant not in benchmark.variants:
@@ -103,11 +112,12 @@ def bench(
                 found.append(result)
                 status.update(f"{op}, {regime}: {result.name} is done")
             paths = write(report, folder)
-        if sweep:
-            lengths = [1 << n for n in range(SHORTEST.bit_length() - 1, sweep_max.bit_length())]
-            for shape, results in sweep_lengths(benchmark, case, lengths, import_module, repeats=repeats, only=names):
-                report.sweep.append((shape, results))
-                status.update(f"{op}: T={shape.T} is done")
+        sweeps = {"length": lengths(case, SHORTEST, sweep_max), "heads": head_shapes(benchmark, case)}
+        for axis in (axis for axis in sweeps if sweep in (axis, "all") and sweeps[axis]):
+            report.sweeps[axis] = []
+            for shape, results in measure(benchmark, sweeps[axis], import_module, repeats=repeats, only=names):
+                report.sweeps[axis].append((shape, results))
+                status.update(f"{op}: T={shape.T}, {shape.H} heads, is done")
                 paths = write(report, folder)  # what there is stays if the run is cut off
 
     out.print(Text(report.headline(), style="bold"), soft_wrap=True)

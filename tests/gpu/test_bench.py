@@ -25,5 +25,25 @@ def test_bench(op, rival, tmp_path):
         assert set(ours["error"]) == {"output", "gradients"}
         assert max(ours["error"].values()) < 2e-2
         assert ours["layer"]["median"] > 0 and cudnn["layer"]["median"] > 0 and not cudnn["error"]
-    assert [point["case"]["T"] for point in document["sweep"]] == [16, 32, 64]
-    assert all(c["backward"]["median"] > 0 for point in document["sweep"] for c in point["contenders"])
+    assert [point["case"]["T"] for point in document["sweeps"]["length"]] == [16, 32, 64]
+    assert all(c["backward"]["median"] > 0 for point in document["sweeps"]["length"] for c in point["contenders"])
+
+
+@pytest.mark.parametrize(
+    ("op", "variant"), [("mamba2_layer", ""), ("gated_delta_layer", "n=1"), ("gated_delta_layer", "n=2")]
+)
+def test_bench_of_a_layer(op, variant, tmp_path):
+    shape = ["--batch", "2", "--seq-len", "512", "--width", "512", "--sweep-max", "64"]
+    options = [*shape, "--out", str(tmp_path), "--repeats", "5", "--keep-caches"]
+    result = CliRunner().invoke(cli.app, ["bench", op, *options, *(["--variant", variant] if variant else [])])
+    assert result.exit_code == 0, result.output
+    document = json.loads((tmp_path / f"{op}.json").read_text())
+    found = {c["name"]: c for c in document["regimes"]["fresh"]["contenders"]}
+    for name in ("riverrun auto", "projections alone", "riverrun attention"):
+        assert found[name]["skipped"] is None, found[name]["skipped"]
+        assert found[name]["layer"]["median"] > 0 and found[name]["layer_memory"] > 0
+    for c in found.values():  # other packages, where they are installed, have our parameters
+        if c["error"]:
+            assert c["error"]["output"] < 2e-2 and c["error"]["gradients"] < 1e-1, c
+    assert 0 < document["regimes"]["fresh"]["recurrence_and_glue"]["riverrun auto"] < 1
+    assert all(c["backward"]["median"] > 0 for point in document["sweeps"]["length"] for c in point["contenders"][:2])

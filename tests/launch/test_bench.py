@@ -14,14 +14,19 @@ from typer.testing import CliRunner
 
 from riverrun.kernels.benchmarks import BENCHMARKS, contenders, run
 from riverrun.kernels.benchmarks.benchmark import Case, Contender, Unavailable, Work
+from riverrun.kernels.benchmarks.timing import Time
 from riverrun.launch import cli
+from riverrun.launch.bench_report import Report
+from riverrun.modeling.benchmarks import LAYERS
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--batch", "1", "--seq-len", "32", "--width", "16", "--heads", "2", "--device", "cpu", "--dtype", "fp32",
         "--repeats", "2"]  # fmt: skip
 RNNS = [("para_gru", ""), ("para_lstm", ""), *(("head_rnn", cell) for cell in BENCHMARKS["head_rnn"].variants)]
 LOSS = [("linear_cross_entropy", "32768")]
-LINEAR = [("ssd", ""), *(("gated_delta", steps) for steps in BENCHMARKS["gated_delta"].variants)]
+LINEAR = [(op, variant) for op in ("ssd", "gated_delta") for variant in BENCHMARKS[op].variants]
+WHOLE = [("mamba2_layer", ""), *(("gated_delta_layer", steps) for steps in LAYERS["gated_delta_layer"].variants)]
+ALL = BENCHMARKS | LAYERS
 
 
 def invoke(*args):
@@ -43,7 +48,7 @@ def compare(benchmark, case, **options):
 
 def errors(op, case, build, inputs=None):
     """Of one contender, against float64."""
-    benchmark = BENCHMARKS[op]
+    benchmark = ALL[op]
     inputs = inputs or run.make_inputs(benchmark, case, next(iter(benchmark.regimes)))
     double = run.leaves(inputs, torch.float64)
     got, want = build(inputs, case, nothing), benchmark.reference(double, case)
@@ -80,9 +85,9 @@ def test_writes_a_table_a_plot_and_every_number(tmp_path):
         # 4 numbers of 4 bytes an element forward, 7 backward
         milliseconds = 32 * 16 * 4 / document["copy_bandwidth"] * 1e3
         assert regime["hbm_floor_ms"] == pytest.approx({"forward": 4 * milliseconds, "backward": 7 * milliseconds})
-    shapes = [(point["case"]["T"], point["case"]["B"]) for point in document["sweep"]]
+    shapes = [(point["case"]["T"], point["case"]["B"]) for point in document["sweeps"]["length"]]
     assert shapes == [(16, 2), (32, 1), (64, 1)]
-    assert all(point["contenders"][0]["backward"]["median"] > 0 for point in document["sweep"])
+    assert all(point["contenders"][0]["backward"]["median"] > 0 for point in document["sweeps"]["length"])
 
     markdown = (tmp_path / "para_gru.md").read_text()
     for text in ("| riverrun auto ", "| HBM floor ", "cuDNN GRU: needs CUDA", "over T", "(para_gru.png)"):
@@ -95,8 +100,25 @@ def test_writes_a_table_a_plot_and_every_number(tmp_path):
     assert image.imread(tmp_path / "para_gru.png").shape[1] > 1000
 
 
+def test_sweeps_over_lengths_and_heads(tmp_path):
+    from matplotlib import image
+
+    options = ["--sweep-max", "32", "--only", "riverrun auto", "--keep-caches", "--out", tmp_path]
+    result = invoke("gated_delta", *TINY, *options)
+    assert result.exit_code == 0, result.output
+    sweeps = json.loads((tmp_path / "gated_delta.json").read_text())["sweeps"]
+    assert [p["case"]["T"] for p in sweeps["length"]] == [16, 32]
+    assert [(p["case"]["H"], p["case"]["T"]) for p in sweeps["heads"]] == [(8, 32), (16, 32)]  # of 16 channels
+    assert all(p["contenders"][0]["backward"]["median"] > 0 for axis in sweeps for p in sweeps[axis])
+    assert "Median forward ms over T" in result.stdout and "Median backward ms over H" in result.stdout
+    height, width = image.imread(tmp_path / "gated_delta.png").shape[:2]
+    assert height > width / 2  # two rows of panels
+    result = invoke("gated_delta", *TINY, *options, "--sweep", "heads")
+    assert result.exit_code == 0 and "over T" not in result.stdout and "over H" in result.stdout
+
+
 def test_head_rnn_of_one_cell_without_a_sweep(tmp_path):
-    options = ["--variant", "gru", "--no-sweep", "--only", "riverrun", "--keep-caches"]
+    options = ["--variant", "gru", "--sweep", "none", "--only", "riverrun", "--keep-caches"]
     result = invoke("head_rnn", *TINY, *options, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert "with what compilers had cached before" in result.stdout and "compilation included" not in result.stdout
@@ -113,6 +135,14 @@ def test_head_rnn_of_one_cell_without_a_sweep(tmp_path):
             ["para_gruu"],
             "there is no benchmark of 'para_gruu'; choose one of para_gru, para_lstm, head_rnn, ",
         ),
+        (
+            ["mamba2"],
+            "there is no benchmark of 'mamba2'; choose one of para_gru, para_lstm, head_rnn, gated_delta, ssd, "
+            "linear_cross_entropy, mamba2_layer, gated_delta_layer\n",
+        ),
+        (["gated_delta_layer", "--variant", "n=3"], "gated_delta_layer has no variant 'n=3'; choose one of n=1, n=2\n"),
+        (["mamba2_layer", "--variant", "n=1"], "mamba2_layer has no variant 'n=1'; leave --variant out"),
+        (["mamba2_layer", *TINY, "--only", "ssd"], "no contender is called 'ssd'; choose among riverrun auto, "),
         (["para_gru", "--width", "10", "--heads", "4"], "--width 10 is not divisible by --heads 4"),
         (["para_gru", "--variant", "lstm"], "para_gru has no variant 'lstm'; leave --variant out"),
         (["head_rnn", "--variant", "gruu"], "head_rnn has no variant 'gruu'; choose one of lstm, slstm, gru, elman"),
@@ -141,16 +171,21 @@ assert not heavy, heavy
     env = os.environ | {"COLUMNS": "200", "TERM": "dumb"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(op in done.stdout for op in BENCHMARKS)
-    assert all(v in done.stdout for op in ("head_rnn", "gated_delta") for v in BENCHMARKS[op].variants)
+    assert all(op in done.stdout for op in ALL)
+    assert all(
+        v in done.stdout for op in ("head_rnn", "gated_delta", "gated_delta_layer", "ssd") for v in ALL[op].variants
+    )
+    assert all(f"`{op}`" in (ROOT / "docs" / "benchmark-protocol.md").read_text() for op in ALL)
 
 
-@pytest.mark.parametrize(("op", "cell"), RNNS + LINEAR + LOSS)
+@pytest.mark.parametrize(("op", "cell"), RNNS + LINEAR + LOSS + WHOLE)
 def test_every_form_of_ours_computes_the_op(op, cell):
     case = case_of(cell)
-    for contender in BENCHMARKS[op].contenders(case):
-        if contender.name.startswith(("riverrun", "torch loop", "torch, all")):
-            assert max(errors(op, case, contender.build).values()) < 1e-5, contender.name
+    for contender in ALL[op].contenders(case):
+        if contender.same_maths and contender.name.startswith(("riverrun", "torch loop", "torch, all")):
+            assert max(errors(op, case, contender.build).values()) < (1e-5 if op in BENCHMARKS else 1e-4), (
+                contender.name
+            )
 
 
 @pytest.mark.parametrize(("op", "cell"), RNNS)
@@ -227,7 +262,7 @@ def test_what_fails_is_listed_and_the_rest_goes_on():
 
 
 def sweep(benchmark):
-    return list(run.sweep(benchmark, case_of(), [16, 32, 64], nothing, repeats=2))
+    return list(run.sweep(benchmark, run.lengths(case_of(), 16, 64), nothing, repeats=2))
 
 
 def test_the_sweep_leaves_out_what_does_not_fit(monkeypatch):
@@ -242,7 +277,7 @@ def test_the_sweep_leaves_out_who_was_too_slow(monkeypatch):
     monkeypatch.setattr(run, "SLOWEST_CALL", 0.0)
     results = [found[0] for _, found in sweep(fake())]
     assert results[0].skipped is None and results[0].forward.median > 0
-    assert [r.skipped for r in results[1:]] == ["left out: over 0 ms a call at T=16"] * 2
+    assert [r.skipped for r in results[1:]] == ["left out: over 0 ms a call at T=16, 2 heads"] * 2
     assert all(r.forward is None for r in results[1:])
 
 
@@ -341,3 +376,200 @@ def test_cudnn_contenders_have_all_gradients():
         h = work.forward()
         assert h.shape == (2, 40, 16)
         assert len(torch.autograd.grad(h.sum(), work.leaves)) == 5
+
+
+# whole layers
+
+
+@pytest.mark.parametrize(("op", "variant"), WHOLE)
+def test_a_layer_is_run_with_the_share_of_its_recurrence_and_glue(op, variant, tmp_path):
+    options = [
+        "--batch",
+        "1",
+        "--seq-len",
+        "16",
+        "--width",
+        "128",
+        "--device",
+        "cpu",
+        "--repeats",
+        "2",
+        "--sweep",
+        "none",
+    ]
+    variants = ["--variant", variant] if variant else []
+    result = invoke(op, *options, *variants, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    document = json.loads((tmp_path / f"{op}.json").read_text())["regimes"]["fresh"]
+    assert document["case"]["H"] == {"mamba2_layer": 4, "gated_delta_layer": 1}[op]  # heads of 64 in 2 D, of 128 in D
+    found = {c["name"]: c for c in document["contenders"]}
+    for name in ("riverrun auto", "projections alone", "riverrun attention"):
+        assert all(found[name][what]["median"] > 0 for what in ("forward", "backward", "layer")), name
+        assert set(found[name]["error"]) == ({"output", "gradients"} if name == "riverrun auto" else set())
+    assert found["riverrun auto"]["error"]["output"] < 2e-2
+    assert found["fla"]["skipped"] == "needs CUDA"
+    share = 1 - found["projections alone"]["layer"]["median"] / found["riverrun auto"]["layer"]["median"]
+    assert document["recurrence_and_glue"] == {"riverrun auto": pytest.approx(share)}
+    line = f"recurrence and glue: {share:.0%} of the layer's time, riverrun auto"
+    assert line in result.stdout and line in (tmp_path / f"{op}.md").read_text()
+
+
+def test_recurrence_and_glue_are_what_the_products_do_not_take():
+    def result(name, ms):
+        return run.Result(name, layer=Time(ms, ms, 1) if ms else None)
+
+    case = Case(1, 16, 128, 4, torch.bfloat16, torch.device("cpu"))
+    report = Report(LAYERS["mamba2_layer"], case, 1e12, 1, "", cold=True)
+    ours, peer = result("riverrun auto", 20.0), result("mamba_ssm", 30.0)
+    others = [result("fla", None), result("riverrun attention", 25.0)]
+    report.results["fresh"] = [ours, result("projections alone", 15.0), peer, *others]
+    assert report.shares("fresh") == {"riverrun auto": 0.25, "mamba_ssm": 0.5}
+    first, second, third, *_ = report.notes()
+    assert first.startswith(
+        "recurrence and glue: 25% of the layer's time, riverrun auto: 1 − projections alone / layer"
+    )
+    assert second.startswith("recurrence and glue: 50% of the layer's time, mamba_ssm: ")
+    assert third.startswith("fresh: ")
+    report.results["fresh"] = [ours, peer]
+    assert report.shares("fresh") == {} and report.notes()[0].startswith("fresh: ")
+    kernel = replace(report, benchmark=BENCHMARKS["para_gru"])
+    assert kernel.shares("fresh") == {}
+
+
+@pytest.mark.parametrize(("op", "variant"), WHOLE)
+def test_the_projections_alone_are_all_of_the_layers_products(op, variant):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    case = case_of(variant)
+    inputs = run.make_inputs(LAYERS[op], case, "fresh")
+    (alone,) = (c for c in LAYERS[op].contenders(case) if c.name == "projections alone")
+    work = alone.build(inputs, case, nothing)
+    with FlopCounterMode(display=False) as counter:
+        out = work.layer()
+    weights = [w for name, w in inputs.items() if name.endswith("_proj.weight")]
+    assert counter.get_total_flops() == 2 * case.B * case.T * sum(w.numel() for w in weights)
+    assert sorted(w.data_ptr() for w in work.leaves[1:]) == sorted(w.data_ptr() for w in weights)
+
+    with FlopCounterMode(display=False) as counter:
+        grads = torch.autograd.grad(out, work.layer_leaves, torch.randn_like(out))
+    # the gradients of inputs and of weights; the random numbers between need none
+    assert counter.get_total_flops() == 2 * 2 * case.B * case.T * sum(w.numel() for w in weights)
+    assert all(g.shape == w.shape and g.any() for g, w in zip(grads, work.layer_leaves, strict=True))
+
+
+@pytest.mark.parametrize(("op", "variant"), WHOLE)
+def test_contenders_of_a_layer_share_its_parameters(op, variant):
+    case = case_of(variant)
+    inputs = run.make_inputs(LAYERS[op], case, "fresh")
+    leaves = LAYERS[op].contenders(case)[0].build(inputs, case, nothing).leaves
+    assert [x.data_ptr() for x in leaves] == [x.data_ptr() for x in inputs.values()]
+    narrow = run.make_inputs(LAYERS[op], replace(case, dtype=torch.bfloat16), "fresh")
+    wide = {name for name, x in narrow.items() if x.dtype == torch.float32}
+    assert wide == {"A_log", "dt_bias"} | ({"D"} if op == "mamba2_layer" else set())
+
+
+class TheirMamba2(torch.nn.Module):
+    """A stand-in with the parameters of mamba_ssm's and fla's Mamba2: one projection to z, x, B, C, dt."""
+
+    def __init__(self, D, N, W, expand, P, eps=1e-5):
+        super().__init__()
+        self.P, self.N, self.eps, inner = P, N, eps, expand * D
+        H = inner // P
+        self.sizes = [inner, inner + 2 * N, H]
+        self.in_proj = torch.nn.Linear(D, sum(self.sizes), bias=False)
+        self.conv1d = torch.nn.Conv1d(inner + 2 * N, inner + 2 * N, W, groups=inner + 2 * N, padding=W - 1)
+        self.dt_bias, self.A_log, self.D = (torch.nn.Parameter(torch.zeros(H)) for _ in range(3))
+        self.norm = torch.nn.Module()
+        self.norm.weight = torch.nn.Parameter(torch.zeros(inner))
+        self.out_proj = torch.nn.Linear(inner, D, bias=False)
+
+    def forward(self, x):
+        from riverrun.kernels.ssd import ssd
+
+        z, xBC, dt = self.in_proj(x).split(self.sizes, -1)
+        xBC = torch.nn.functional.silu(self.conv1d(xBC.mT)[..., : x.shape[1]].mT)
+        x, B, C = xBC.split([self.sizes[0], self.N, self.N], -1)
+        dt = torch.nn.functional.softplus(dt + self.dt_bias)
+        y = ssd(x.unflatten(2, (-1, self.P)), dt, -self.A_log.exp(), B[:, :, None], C[:, :, None], self.D)[0].flatten(2)
+        y = torch.nn.functional.rms_norm(y * torch.nn.functional.silu(z), z.shape[-1:], self.norm.weight, self.eps)
+        return self.out_proj(y)
+
+
+def mamba_ssm_layer(d_model, d_state, d_conv, expand, headdim, ngroups):
+    assert ngroups == 1
+    return TheirMamba2(d_model, d_state, d_conv, expand, headdim)
+
+
+class FlaMamba2(TheirMamba2):
+    def __init__(self, hidden_size, head_dim, state_size, expand, n_groups, conv_kernel, norm_eps):
+        assert n_groups == 1
+        super().__init__(hidden_size, state_size, conv_kernel, expand, head_dim, norm_eps)
+
+    def forward(self, x):
+        return super().forward(x), None, None
+
+
+class FlaDelta(torch.nn.Module):
+    """A stand-in for fla's GatedDeltaNet and GatedDeltaProduct."""
+
+    def __init__(self, hidden_size, num_heads, head_dim, expand_v, conv_size, allow_neg_eigval, norm_eps,
+                 num_householder=1):  # fmt: skip
+        super().__init__()
+        assert expand_v == 1.0 and allow_neg_eigval
+        H, K, n, self.eps = num_heads, head_dim, num_householder, norm_eps
+        self.H, self.K, self.n = H, K, n
+        for name, size in (("q", H * K), ("k", n * H * K), ("v", n * H * K), ("b", n * H), ("a", H), ("g", H * K)):
+            setattr(self, f"{name}_proj", torch.nn.Linear(hidden_size, size, bias=False))
+            if name in "qkv":
+                conv = torch.nn.Conv1d(size, size, conv_size, groups=size, padding=conv_size - 1, bias=False)
+                setattr(self, f"{name}_conv1d", conv)
+        self.A_log, self.dt_bias = (torch.nn.Parameter(torch.zeros(H)) for _ in range(2))
+        self.o_norm = torch.nn.Module()
+        self.o_norm.weight = torch.nn.Parameter(torch.zeros(K))
+        self.o_proj = torch.nn.Linear(H * K, hidden_size, bias=False)
+
+    def forward(self, x):
+        from riverrun.kernels.gated_delta import gated_delta
+
+        q, k, v = (
+            torch.nn.functional.silu(conv(proj(x).mT)[..., : x.shape[1]].mT)
+            for proj, conv in ((self.q_proj, self.q_conv1d), (self.k_proj, self.k_conv1d), (self.v_proj, self.v_conv1d))
+        )
+        steps, heads = (self.n, self.H, self.K), (self.H, self.K)
+        beta = 2 * self.b_proj(x).sigmoid().unflatten(2, steps[:2])
+        g = -self.A_log.exp() * torch.nn.functional.softplus(self.a_proj(x) + self.dt_bias)
+        o = gated_delta(
+            q.unflatten(2, heads), k.unflatten(2, steps), v.unflatten(2, steps), beta, g, qk_l2norm=True
+        )[0]  # fmt: skip
+        o = torch.nn.functional.rms_norm(o, (self.K,), self.o_norm.weight, self.eps)
+        o = o * torch.nn.functional.silu(self.g_proj(x).unflatten(2, heads))
+        return self.o_proj(o.flatten(2)), None, None
+
+
+LAYER_PACKAGES = {
+    "mamba_ssm.modules.mamba2": SimpleNamespace(Mamba2=mamba_ssm_layer),
+    "fla.layers.mamba2": SimpleNamespace(Mamba2=FlaMamba2, is_fast_path_available=True),
+    "fla.layers.gated_deltanet": SimpleNamespace(GatedDeltaNet=FlaDelta),
+    "fla.layers.gated_deltaproduct": SimpleNamespace(GatedDeltaProduct=FlaDelta),
+}
+
+
+@pytest.mark.parametrize(("op", "variant"), WHOLE)
+def test_peers_get_the_layers_parameters(op, variant):
+    """Stand-ins with the packages' signatures and parameters; every gradient is compared with that of ours."""
+    case = case_of(variant)
+    peers = [c for c in LAYERS[op].contenders(case) if c.name in ("fla", "mamba_ssm")]
+    assert len(peers) == (2 if op == "mamba2_layer" else 1)
+    for build in (peer.build for peer in peers):
+        assert (
+            max(errors(op, case, lambda i, c, _, build=build: build(i, c, LAYER_PACKAGES.__getitem__)).values()) < 1e-5
+        )
+
+
+def test_flas_mamba2_needs_mamba_ssm():
+    case = case_of()
+    inputs = run.make_inputs(LAYERS["mamba2_layer"], case, "fresh")
+    (peer,) = (c for c in LAYERS["mamba2_layer"].contenders(case) if c.name == "fla")
+    slow = SimpleNamespace(Mamba2=FlaMamba2, is_fast_path_available=False)
+    with pytest.raises(Unavailable, match="mamba_ssm, which is not installed"):
+        peer.build(inputs, case, lambda name: slow)

@@ -1,0 +1,6 @@
+"""Benchmarks of whole layers, for `riverrun bench`. The protocol is in docs/benchmark-protocol.md."""
+
+from riverrun.kernels.benchmarks.benchmark import Benchmark
+from riverrun.modeling.benchmarks.layers import GATED_DELTA_LAYER, MAMBA2_LAYER
+
+LAYERS: dict[str, Benchmark] = {b.name: b for b in (MAMBA2_LAYER, GATED_DELTA_LAYER)}

@@ -1,0 +1,258 @@
+"""`riverrun bench mamba2_layer` and `gated_delta_layer`: whole mixers, from the layer's input to its output.
+
+The truth that errors are measured against is the mixer itself in float64, which takes the ops' chunked forms; these are
+tested against the step loops.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from riverrun.kernels.benchmarks.benchmark import Benchmark, Case, Contender, Inputs, Load, Unavailable, Work
+from riverrun.modeling.layout import Layout, rotary_tables
+from riverrun.modeling.mixer_options import AttentionOptions, GatedDeltaOptions, Mamba2Options
+from riverrun.modeling.mixers import Attention, GatedDelta, Mamba2, Mixer
+from riverrun.modeling.projection import project
+
+STEPS = {"n=1": 1, "n=2": 2}
+NORM_EPS = 1e-5
+PRODUCTS = "projections alone"
+
+Make = Callable[[Case], Mixer]
+Names = Mapping[str, tuple[str, ...]]
+"""A peer's parameter → those of ours whose rows it holds, one after another."""
+
+
+def mamba2(case: Case) -> Mixer:
+    return Mamba2(Mamba2Options(head_dim=Mamba2Options.expand * case.D // case.H), case.D, NORM_EPS)
+
+
+def gated_delta(case: Case) -> Mixer:
+    """Keys and values of all heads are as wide as the layer."""
+    K, n = case.D // case.H, STEPS[case.variant]
+    options = GatedDeltaOptions(num_heads=case.H, head_dim=K, expand_v=1.0, num_householder=n)
+    return GatedDelta(options, case.D, NORM_EPS)
+
+
+def inputs(make: Make) -> Callable[[Case, str], Inputs]:
+    """`hidden` (B, T, D), as a norm leaves it, and the mixer's parameters, by name and in its order."""
+
+    def sample(case: Case, regime: str) -> Inputs:
+        with torch.device(case.device):
+            mixer = make(case)
+        for layer in mixer.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            elif (reset := getattr(layer, "reset_parameters", None)) is not None:
+                reset()
+        weights = {
+            name: p.detach() if getattr(p, "keep_fp32", False) else p.detach().to(case.dtype)
+            for name, p in mixer.named_parameters()
+        }
+        return {"hidden": torch.randn(case.B, case.T, case.D, device=case.device, dtype=case.dtype)} | weights
+
+    return sample
+
+
+def _holding(make: Make, inputs: Inputs, case: Case) -> Mixer:
+    """The mixer with the tensors of `inputs` themselves as its parameters."""
+    with torch.device("meta"):
+        mixer = make(case)
+    mixer.load_state_dict({name: x for name, x in inputs.items() if name != "hidden"}, assign=True)
+    return mixer
+
+
+def _layout(case: Case) -> Layout:
+    return Layout.of_rows((case.B, case.T), torch.zeros(case.B, dtype=torch.int64, device=case.device))
+
+
+def _work(run: Callable[[], torch.Tensor], *leaves: torch.Tensor) -> Work:
+    return Work(run, leaves, run, leaves)
+
+
+def ours(make: Make) -> Callable[..., Work]:
+    def build(inputs: Inputs, case: Case, load: Load | None = None) -> Work:
+        x, mixer, layout = inputs["hidden"], _holding(make, inputs, case), _layout(case)
+        return _work(lambda: mixer(x, layout), x, *mixer.parameters())
+
+    return build
+
+
+class _Between(torch.autograd.Function):
+    """Stands for all that lies between a layer's matrix products, without doing it: `inner` comes out, whatever goes
+    in; and `grads` go back."""
+
+    @staticmethod
+    def forward(ctx: Any, inner: torch.Tensor, grads: Sequence[torch.Tensor], *outputs: torch.Tensor) -> torch.Tensor:
+        ctx.grads = grads
+        return inner.view_as(inner)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, None, *ctx.grads
+
+
+def products(make: Make) -> Contender:
+    def build(inputs: Inputs, case: Case, load: Load) -> Work:
+        mixer, x = _holding(make, inputs, case), inputs["hidden"]
+        layers = {name: layer for name, layer in mixer.named_modules() if isinstance(layer, nn.Linear)}
+        last = layers.pop("o_proj")
+        with torch.no_grad():
+            inner = torch.randn(case.B, case.T, last.in_features, device=case.device, dtype=case.dtype)
+            grads = [torch.randn_like(y) for y in project(x, *layers.values())]
+
+        def run() -> torch.Tensor:
+            return last(_Between.apply(inner, grads, *project(x, *layers.values())))
+
+        return _work(run, x, last.weight, *(layer.weight for layer in layers.values()))
+
+    return Contender(PRODUCTS, build, "the layer's matrix products, forward and backward", same_maths=False)
+
+
+def attention() -> Contender:
+    def build(inputs: Inputs, case: Case, load: Load) -> Work:
+        options = AttentionOptions().resolve(case.D)
+        with torch.device(case.device):
+            mixer = Attention(options, case.D, NORM_EPS).to(case.dtype)
+        x, layout = inputs["hidden"], _layout(case)
+        layout.rope = rotary_tables(layout.positions, options.head_dim, options.rope_theta, case.dtype)
+        return _work(lambda: mixer(x, layout), x, *mixer.parameters())
+
+    note = f"other maths: our causal attention layer, heads of {AttentionOptions.head_dim}, rotary"
+    return Contender("riverrun attention", build, note, same_maths=False)
+
+
+# other packages
+
+
+def peer(
+    name: str, package: str, layer: str, options: Callable[[Case], dict[str, Any]], names: Names, note: str
+) -> Contender:
+    """The same layer by `layer` of `package`, with our parameters."""
+
+    def build(inputs: Inputs, case: Case, load: Load) -> Work:
+        module = load(package)
+        if not getattr(module, "is_fast_path_available", True):  # of fla's Mamba2
+            raise Unavailable("its kernels are those of mamba_ssm, which is not installed")
+        with torch.device(case.device):
+            theirs = getattr(module, layer)(**options(case))
+        shapes = {n: p.shape for n, p in theirs.named_parameters()}
+        packed = {n: torch.cat([inputs[o].detach() for o in names[n]]).view(shape) for n, shape in shapes.items()}
+        theirs.load_state_dict(packed, assign=True)
+
+        def run() -> torch.Tensor:
+            out = theirs(inputs["hidden"])
+            return out[0] if isinstance(out, tuple) else out
+
+        def arrange(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            found = {"hidden": grads[0]}
+            for n, grad in zip(shapes, grads[1:]):
+                parts = grad.split([len(inputs[o]) for o in names[n]])
+                found |= {o: part.reshape(inputs[o].shape) for o, part in zip(names[n], parts)}
+            return [found[o] for o in inputs]
+
+        work = _work(run, inputs["hidden"], *theirs.parameters())
+        work.arrange = arrange
+        return work
+
+    return Contender(name, build, note, needs_cuda=True)
+
+
+MAMBA2_NAMES: Names = {
+    "in_proj.weight": tuple(f"{n}_proj.weight" for n in ("z", "x", "B", "C", "dt")),
+    "conv1d.weight": ("x_conv.weight", "B_conv.weight", "C_conv.weight"),
+    "conv1d.bias": ("x_conv.bias", "B_conv.bias", "C_conv.bias"),
+    "norm.weight": ("norm_weight",),
+    "out_proj.weight": ("o_proj.weight",),
+} | {n: (n,) for n in ("A_log", "dt_bias", "D")}
+
+GATED_DELTA_NAMES: Names = {
+    **{n: (n,) for n in (*(f"{p}_proj.weight" for p in "qkvbago"), "A_log", "dt_bias")},
+    **{f"{p}_conv1d.weight": (f"{p}_conv.weight",) for p in "qkv"},
+    "o_norm.weight": ("norm_weight",),
+}
+
+
+def _mamba_ssm(case: Case) -> dict[str, Any]:
+    return {"d_model": case.D, "headdim": 2 * case.D // case.H, "d_state": 128, "d_conv": 4, "expand": 2, "ngroups": 1}
+
+
+def _fla_mamba2(case: Case) -> dict[str, Any]:
+    shape = {"state_size": 128, "conv_kernel": 4, "expand": 2, "n_groups": 1, "norm_eps": Mamba2Options.norm_eps}
+    return {"hidden_size": case.D, "head_dim": 2 * case.D // case.H} | shape
+
+
+def _fla_delta(case: Case) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "hidden_size": case.D, "num_heads": case.H, "head_dim": case.D // case.H, "expand_v": 1.0, "conv_size": 4,
+        "allow_neg_eigval": True, "norm_eps": GatedDeltaOptions.norm_eps,
+    }  # fmt: skip
+    n = STEPS[case.variant]
+    return options if n == 1 else options | {"num_householder": n}
+
+
+def mamba2_contenders(case: Case) -> list[Contender]:
+    chunks = "chunks of 256; recomputes in the backward pass"
+    return [
+        Contender("riverrun auto", ours(mamba2)),
+        products(mamba2),
+        peer("mamba_ssm", "mamba_ssm.modules.mamba2", "Mamba2", _mamba_ssm, MAMBA2_NAMES, f"its Mamba2, {chunks}"),
+        peer("fla", "fla.layers.mamba2", "Mamba2", _fla_mamba2, MAMBA2_NAMES, f"its Mamba2 on mamba_ssm, {chunks}"),
+        attention(),
+    ]
+
+
+def gated_delta_contenders(case: Case) -> list[Contender]:
+    package, layer = "fla.layers.gated_deltanet", "GatedDeltaNet"
+    if STEPS[case.variant] > 1:
+        package, layer = "fla.layers.gated_deltaproduct", "GatedDeltaProduct"
+    return [
+        Contender("riverrun auto", ours(gated_delta)),
+        products(gated_delta),
+        peer("fla", package, layer, _fla_delta, GATED_DELTA_NAMES, f"its {layer}; its states in bfloat16"),
+        attention(),
+    ]
+
+
+# the benchmarks
+
+
+def _benchmark(name: str, make: Make, **rest: Any) -> Benchmark:
+    def weights(case: Case) -> float:
+        """An element."""
+        with torch.device("meta"):
+            return sum(p.numel() for p in make(case).parameters()) / case.elements
+
+    return Benchmark(
+        name=name,
+        inputs=inputs(make),
+        regimes={"fresh": "x ~ N(0, 1), parameters as they start; the layer's column is forward + backward in one go"},
+        reference=ours(make),
+        forward_numbers=lambda case: 2 + weights(case),
+        backward_numbers=lambda case: 3 + 2 * weights(case),
+        formula="forward x, the output, the parameters; backward x, dL/d output, dx, the parameters, their gradients "
+        "(the matrix products take longer)",
+        sequences=("hidden",),
+        products=PRODUCTS,
+        **rest,
+    )
+
+
+MAMBA2_LAYER = _benchmark(
+    "mamba2_layer",
+    mamba2,
+    contenders=mamba2_contenders,
+    heads=lambda D: max(1, Mamba2Options.expand * D // Mamba2Options.head_dim),
+)
+
+GATED_DELTA_LAYER = _benchmark(
+    "gated_delta_layer",
+    gated_delta,
+    contenders=gated_delta_contenders,
+    heads=lambda D: max(1, D // GatedDeltaOptions.head_dim),
+    variants=tuple(STEPS),
+)
