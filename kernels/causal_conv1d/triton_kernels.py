@@ -2,13 +2,16 @@
 
 A program owns BD channels of one *lane*, a stretch of tokens of one row, and steps through it with the last W − 1
 inputs in registers, U tokens loaded at a time. It reads the W − 1 inputs before its first token itself: lanes are
-independent of each other. In the rows of a batch nothing else happens. In packed documents a lane also keeps the bounds
-of the document it is in, which it finds by bisection, and takes the initial state into its window where a document
-starts. These bounds are scalars, the same for all channels, which is why a program has a single lane.
+independent of each other.
 
 The backward kernel steps the same way. It computes the input of the SiLU again, and with it g_t, the gradient of that
-input; and it keeps W − 1 pending sums: token t adds w_{W−1−k} g_t to the gradient of x_{t−k}, unless a document starts
+input; and it keeps W − 1 pending sums: token t adds w_{W−1−k} g_t to the gradient of x_{t−k}, unless a sequence starts
 between the two, and completes that of x_{t−W+1}. So a lane runs W − 1 tokens further than those it owns.
+
+What is special near the bounds of a sequence is decided once for each group of U tokens, alike for all channels: most
+groups lie inside, with all the inputs that they reach, and need no mask. Those at an edge look up, for each token, its
+sequence and the distances to the sequence's ends: rows of a batch know them, packed documents have them in a table
+(`document_positions`). What is carried from token to token is inputs and sums only: no load waits for another.
 
 Numbers of tokens and documents are not specialised on: they change from batch to batch, and none is part of a stride.
 """
@@ -40,52 +43,39 @@ def _taps(weight, bias, d, D: tl.constexpr, W: tl.constexpr, HAS_BIAS: tl.conste
 
 
 @triton.jit
-def _document_at(cu_seqlens, t, S):
-    """The document of token t, its first token, and the first token after it."""
-    s, above = t * 0, t * 0 + S
-    while above - s > 1:
-        middle = (s + above) // 2
-        before = tl.load(cu_seqlens + middle).to(tl.int32) <= t
-        s = tl.where(before, middle, s)
-        above = tl.where(before, above, middle)
-    return s, tl.load(cu_seqlens + s).to(tl.int32), tl.load(cu_seqlens + s + 1).to(tl.int32)
+def _place(positions, b, t, T, PACKED: tl.constexpr):
+    """The sequence of token t of row b, how many of its tokens lie before, and how many from here on; zeros beyond the
+    row."""
+    within = t < T
+    if PACKED:
+        p = positions + t
+        s = tl.load(p, mask=within, other=0)
+        return s, tl.load(p + T, mask=within, other=0), tl.load(p + T * 2, mask=within, other=0)
+    else:
+        return b, tl.where(within, t, 0), tl.where(within, T - t, 0)
 
 
 @triton.jit
-def _enter_document(cu_seqlens, t, T, s, first, bound):
-    """Whether a document starts at token t, and the three numbers of `_document_at` for it."""
-    starts = (t == bound) & (t < T)
-    s += starts.to(tl.int32)
-    first = tl.where(starts, t, first)
-    bound = tl.where(starts, tl.load(cu_seqlens + s + 1, mask=starts, other=0).to(tl.int32), bound)
-    return starts, s, first, bound
-
-
-@triton.jit
-def _window_before(p, stride, initial, s, position, d, D: tl.constexpr, W: tl.constexpr, HAS_INITIAL: tl.constexpr):
-    """The W − 1 inputs before the token at `p`, which is number `position` of its sequence s, oldest first."""
+def _window_before(p, stride, t, d, D: tl.constexpr, W: tl.constexpr):
+    """The W − 1 inputs before token t of a row, which is at `p`, oldest first, of whatever sequences."""
     window = ()
     for k in tl.static_range(W - 1):
-        own = position >= W - 1 - k
-        x = tl.load(p - (W - 1 - k) * stride, mask=_only_if(own, d, D), other=0.0).to(tl.float32)
-        if HAS_INITIAL:
-            state = initial + (s.to(tl.int64) * (W - 1) + position + k) * D + d
-            x += tl.load(state, mask=_only_if(position < W - 1 - k, d, D), other=0.0).to(tl.float32)
-        window = window + (x,)
+        back = W - 1 - k
+        window = window + (tl.load(p - back * stride, mask=_only_if(t >= back, d, D), other=0.0).to(tl.float32),)
     return window
 
 
 @triton.jit
-def _window_at_start(window, starts, initial, s, d, D: tl.constexpr, W: tl.constexpr, HAS_INITIAL: tl.constexpr):
-    """The initial state of sequence s in place of the window where a document starts."""
+def _own(window, initial, s, since, d, D: tl.constexpr, W: tl.constexpr, HAS_INITIAL: tl.constexpr):
+    """The window of token number `since` of sequence s: the initial state in place of what lies before the sequence."""
     out = ()
     for k in tl.static_range(W - 1):
+        own = since >= W - 1 - k
+        before = 0.0
         if HAS_INITIAL:
-            state = initial + (s.to(tl.int64) * (W - 1) + k) * D + d
-            fresh = tl.load(state, mask=_only_if(starts, d, D), other=0.0).to(tl.float32)
-        else:
-            fresh = 0.0
-        out = out + (tl.where(starts, fresh, window[k]),)
+            state = initial + (s.to(tl.int64) * (W - 1) + since + k) * D + d
+            before = tl.load(state, mask=_only_if(since < W - 1 - k, d, D), other=0.0).to(tl.float32)
+        out = out + (tl.where(own, window[k], before),)
     return out
 
 
@@ -153,17 +143,17 @@ def _store_final(
         tl.store(final + p_state + k * D, state, mask=d < D)
 
 
-@triton.jit(do_not_specialize=["T", "S", "length", "lanes"])
+@triton.jit(do_not_specialize=["T", "length", "lanes"])
 def forward_kernel(
     x,  # (B·T, D), rows `stride` apart
     weight,  # (D, W)
     bias,  # (D,)
     initial,  # (S, W − 1, D)
     cu_seqlens,  # (S + 1,), of packed documents
+    positions,  # (3, T), of packed documents
     y,  # (B, T, D)
     final,  # (S, W − 1, D)
     T,
-    S,
     stride,
     length,  # tokens of a lane, multiple of U
     lanes,  # of all rows; the programs after them write the final states
@@ -185,26 +175,30 @@ def forward_kernel(
         b = lane // chunks
         t = (lane % chunks) * length
         left = T - t  # tokens to the end of the row
-        if PACKED:
-            s, first, bound = _document_at(cu_seqlens, t, S)
-        else:
-            s, first, bound = b, t * 0, t * 0 + T
         token = b.to(tl.int64) * T + t
         p_x = x + token * stride + d
         p_y = y + token * D + d
-        window = _window_before(p_x, stride, initial, s, t - first, d, D, W, HAS_INITIAL)
+        window = _window_before(p_x, stride, t, d, D, W)
         for _ in range(0, length, U):
             group = _load_tokens(p_x, stride, left, d, D, U)
-            for j in tl.static_range(U):
-                if PACKED:
-                    starts, s, first, bound = _enter_document(cu_seqlens, t + j, T, s, first, bound)
-                    window = _window_at_start(window, starts, initial, s, d, D, W, HAS_INITIAL)
-                x_j = group[j].to(tl.float32)
-                z = _convolve(window, x_j, taps, offset, W)
-                if SILU:
-                    z *= sigmoid(z)
-                tl.store(p_y + j * D, z.to(y.dtype.element_ty), mask=_only_if(left > j, d, D))
-                window = _push(window, x_j, W)
+            _, since, _ = _place(positions, b, t + U - 1, T, PACKED)
+            if since >= U + W - 2:
+                for j in tl.static_range(U):
+                    x_t = group[j].to(tl.float32)
+                    z = _convolve(window, x_t, taps, offset, W)
+                    if SILU:
+                        z *= sigmoid(z)
+                    tl.store(p_y + j * D, z.to(y.dtype.element_ty), mask=d < D)
+                    window = _push(window, x_t, W)
+            else:
+                for j in range(tl.minimum(U, left)):
+                    s, since, _ = _place(positions, b, t + j, T, PACKED)
+                    x_t = tl.load(p_x + j * stride, mask=d < D, other=0.0).to(tl.float32)
+                    z = _convolve(_own(window, initial, s, since, d, D, W, HAS_INITIAL), x_t, taps, offset, W)
+                    if SILU:
+                        z *= sigmoid(z)
+                    tl.store(p_y + j * D, z.to(y.dtype.element_ty), mask=d < D)
+                    window = _push(window, x_t, W)
             p_x += U * stride
             p_y += U * D
             t += U
@@ -213,7 +207,30 @@ def forward_kernel(
         _store_final(x, stride, initial, cu_seqlens, final, lane - lanes, d, T, D, W, HAS_INITIAL, PACKED)
 
 
-@triton.jit(do_not_specialize=["T", "S", "steps"])
+@triton.jit
+def _add_sums(sums, counted, own, x_t, W: tl.constexpr):
+    """One token's share of the gradients of the W taps, oldest first, and of the bias."""
+    out = ()
+    for k in tl.static_range(W - 1):
+        out = out + (sums[k] + counted * own[k],)
+    return out + (sums[W - 1] + counted * x_t, sums[W] + counted)
+
+
+@triton.jit
+def _add_pending(pending, by_x, g, since, taps, W: tl.constexpr, EDGE: tl.constexpr):
+    """What token number `since` of its sequence gives to the inputs before it, beside `by_x` for its own: the sums that
+    are still pending, and the one that is now complete."""
+    shifted = (by_x,)
+    for k in tl.static_range(1, W):
+        reaching = tl.where(since >= k, g, 0.0) if EDGE else g
+        shifted = shifted + (pending[k - 1] + reaching * taps[W - 1 - k],)
+    out = ()
+    for k in tl.static_range(W - 1):
+        out = out + (shifted[k],)
+    return out, shifted[W - 1]
+
+
+@triton.jit(do_not_specialize=["T", "steps"])
 def backward_kernel(
     grad_y,  # (B·T, D), rows `grad_stride` apart
     grad_final,  # (S, W − 1, D)
@@ -221,11 +238,10 @@ def backward_kernel(
     weight,
     bias,
     initial,
-    cu_seqlens,
+    positions,
     grad_x,  # (B, T, D)
     shares,  # (lanes, W + 1, D) float32: each lane's share of the gradients of weight and bias
     T,
-    S,
     grad_stride,
     stride,
     steps,  # tokens that a lane runs through, multiple of U; it owns the first `steps` − (W − 1)
@@ -251,15 +267,11 @@ def backward_kernel(
     end = tl.minimum(begin + owned, T)
     t = begin
     left = T - t  # tokens to the end of the row
-    if PACKED:
-        s, first, bound = _document_at(cu_seqlens, t, S)
-    else:
-        s, first, bound = b, t * 0, t * 0 + T
     token = b.to(tl.int64) * T + t
     p_x = x + token * stride + d
     p_grad = grad_y + token * grad_stride + d
     p_out = grad_x + (token - (W - 1)) * D + d
-    window = _window_before(p_x, stride, initial, s, t - first, d, D, W, HAS_INITIAL)
+    window = _window_before(p_x, stride, t, d, D, W)
     nothing = tl.zeros([BD], tl.float32)
     pending = ()  # of the tokens 1, 2, …, W − 1 before
     for _ in tl.static_range(W - 1):
@@ -270,38 +282,41 @@ def backward_kernel(
     for _ in range(0, steps, U):
         group = _load_tokens(p_x, stride, left, d, D, U)
         grads = _load_tokens(p_grad, grad_stride, left, d, D, U)
-        for j in tl.static_range(U):
-            if PACKED:
-                starts, s, first, bound = _enter_document(cu_seqlens, t + j, T, s, first, bound)
-                window = _window_at_start(window, starts, initial, s, d, D, W, HAS_INITIAL)
-            x_j = group[j].to(tl.float32)
-            g = grads[j].to(tl.float32)
-            if SILU:
-                g *= _silu_slope(_convolve(window, x_j, taps, offset, W))
-
-            counted = tl.where(t + j < end, g, 0.0)
-            grown = ()
-            for k in tl.static_range(W - 1):
-                grown = grown + (sums[k] + counted * window[k],)
-            sums = grown + (sums[W - 1] + counted * x_j, sums[W] + counted)
-            window = _push(window, x_j, W)
-
-            by_x = g * taps[W - 1]
-            if HAS_FINAL:
-                to_end = bound - (t + j)
-                p_final = grad_final + (s.to(tl.int64) * (W - 1) + (W - 1 - to_end)) * D + d
-                near = (left > j) & (to_end < W)
-                by_x += tl.load(p_final, mask=_only_if(near, d, D), other=0.0).to(tl.float32)
-            shifted = (by_x,)
-            for k in tl.static_range(1, W):
-                reaching = tl.where(t + j - first >= k, g, 0.0) if PACKED else g
-                shifted = shifted + (pending[k - 1] + reaching * taps[W - 1 - k],)
-            at = t + j - (W - 1)
-            done = shifted[W - 1].to(grad_x.dtype.element_ty)
-            tl.store(p_out + j * D, done, mask=_only_if((at >= begin) & (at < end), d, D))
-            pending = ()
-            for k in tl.static_range(W - 1):
-                pending = pending + (shifted[k],)
+        _, since, until = _place(positions, b, t + U - 1, T, PACKED)
+        inside = (since >= U + W - 2) & (t + U <= end)
+        if HAS_FINAL:
+            inside = inside & (until >= W)
+        if inside:
+            for j in tl.static_range(U):
+                x_t = group[j].to(tl.float32)
+                g = grads[j].to(tl.float32)
+                if SILU:
+                    g *= _silu_slope(_convolve(window, x_t, taps, offset, W))
+                sums = _add_sums(sums, g, window, x_t, W)
+                pending, done = _add_pending(pending, g * taps[W - 1], g, since, taps, W, False)
+                own_output = _only_if(t + j - (W - 1) >= begin, d, D)
+                tl.store(p_out + j * D, done.to(grad_x.dtype.element_ty), mask=own_output)
+                window = _push(window, x_t, W)
+        else:
+            for j in range(U):
+                s, since, until = _place(positions, b, t + j, T, PACKED)
+                within = _only_if(left > j, d, D)
+                x_t = tl.load(p_x + j * stride, mask=within, other=0.0).to(tl.float32)
+                g = tl.load(p_grad + j * grad_stride, mask=within, other=0.0).to(tl.float32)
+                own = _own(window, initial, s, since, d, D, W, HAS_INITIAL)
+                if SILU:
+                    g *= _silu_slope(_convolve(own, x_t, taps, offset, W))
+                by_x = g * taps[W - 1]
+                if HAS_FINAL:
+                    p_final = grad_final + (s.to(tl.int64) * (W - 1) + (W - 1 - until)) * D + d
+                    near = _only_if((left > j) & (until < W), d, D)
+                    by_x += tl.load(p_final, mask=near, other=0.0).to(tl.float32)
+                sums = _add_sums(sums, tl.where(t + j < end, g, 0.0), own, x_t, W)
+                pending, done = _add_pending(pending, by_x, g, since, taps, W, True)
+                at = t + j - (W - 1)
+                own_output = _only_if((at >= begin) & (at < end), d, D)
+                tl.store(p_out + j * D, done.to(grad_x.dtype.element_ty), mask=own_output)
+                window = _push(window, x_t, W)
         p_x += U * stride
         p_grad += U * grad_stride
         p_out += U * D

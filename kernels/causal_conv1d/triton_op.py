@@ -6,8 +6,12 @@ from typing import Any
 import torch
 import triton
 
+from riverrun.kernels.causal_conv1d.chunked import causal_conv1d_chunked
 from riverrun.kernels.causal_conv1d.triton_kernels import backward_kernel, forward_kernel, initial_gradient_kernel
+from riverrun.kernels.common.device import multiprocessors
+from riverrun.kernels.common.self_check import check_once, deviation, draws, in_double, is_due, rounding
 from riverrun.kernels.common.shooting import NAMESPACE
+from riverrun.kernels.common.triton_documents import document_positions
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,6 @@ SHORTEST = 16  # steps of a lane, more than the largest overlap
 FULL = 16  # warps a multiprocessor
 
 
-def _multiprocessors(x: torch.Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
-
-
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """(B, T, D) → (B·T, D) with neighbouring channels: a view where the strides allow it."""
     rows = x.reshape(-1, x.shape[2])
@@ -74,14 +74,14 @@ def convolve(
     """→ y (B, T, D), final state (S, W − 1, D), both in the dtype of `x`."""
     (B, T, D), W = x.shape, weight.shape[1]
     S = B if cu_seqlens is None else len(cu_seqlens) - 1
-    launch = FORWARD.fitted(B, T, D, 0, _multiprocessors(x))
+    launch = FORWARD.fitted(B, T, D, 0, multiprocessors(x))
     rows = _rows(x)
     y, final = x.new_empty(B, T, D), x.new_empty(S, W - 1, D)
     lanes = launch.lanes(B, T, 0)
+    bounds, positions = (y, y) if cu_seqlens is None else (cu_seqlens, document_positions(cu_seqlens, T))
     forward_kernel[((lanes + S) * triton.cdiv(D, launch.channels),)](
         rows, weight, weight if bias is None else bias, final if initial is None else initial,
-        y if cu_seqlens is None else cu_seqlens, y, final,
-        T, S, rows.stride(0), launch.steps, lanes,
+        bounds, positions, y, final, T, rows.stride(0), launch.steps, lanes,
         D=D, W=W, SILU=silu, HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None,
         PACKED=cu_seqlens is not None, U=launch.group, **launch.options,
     )  # fmt: skip
@@ -101,7 +101,7 @@ def convolve_backward(
     """→ the gradients of x, of weight and bias (W + 1, D) in float32, and of the initial state (empty if none)."""
     (B, T, D), W = x.shape, weight.shape[1]
     S = B if cu_seqlens is None else len(cu_seqlens) - 1
-    launch = BACKWARD.fitted(B, T, D, W - 1, _multiprocessors(x))
+    launch = BACKWARD.fitted(B, T, D, W - 1, multiprocessors(x))
     rows, grad_rows = _rows(x), _rows(grad_y)
     grad_x = x.new_empty(B, T, D)
     columns, lanes = triton.cdiv(D, launch.channels), launch.lanes(B, T, W - 1)
@@ -110,20 +110,58 @@ def convolve_backward(
     tensors = (
         grad_rows, grad_x if grad_final is None else grad_final,
         rows, weight, weight if bias is None else bias, grad_x if initial is None else initial,
-        grad_x if cu_seqlens is None else cu_seqlens,
     )  # fmt: skip
+    bounds, positions = (grad_x, grad_x) if cu_seqlens is None else (cu_seqlens, document_positions(cu_seqlens, T))
     strides = grad_rows.stride(0), rows.stride(0)
     options = launch.options | {
         "D": D, "W": W, "SILU": silu,
         "HAS_BIAS": bias is not None, "HAS_FINAL": grad_final is not None, "PACKED": cu_seqlens is not None,
     }  # fmt: skip
     backward_kernel[(lanes * columns,)](
-        *tensors, grad_x, shares, T, S, *strides, launch.steps,
+        *tensors, positions, grad_x, shares, T, *strides, launch.steps,
         HAS_INITIAL=initial is not None, U=launch.group, **options,
     )  # fmt: skip
     if initial is not None and W > 1:
-        initial_gradient_kernel[(S * columns,)](*tensors, grad_initial, T, *strides, **options)
+        initial_gradient_kernel[(S * columns,)](*tensors, bounds, grad_initial, T, *strides, **options)
     return grad_x, shares.sum(0), grad_initial
+
+
+def check(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool, has_initial: bool, packed: bool
+) -> None:
+    """The self-check of the kernels for such tensors."""
+    D, W = weight.shape
+
+    def compare() -> float:
+        draw = draws(x.device)
+        B, T, S = (1, 60, 4) if packed else (2, 30, 2)
+        cu_seqlens = torch.tensor([0, 1, 3, 20, 60], dtype=torch.int32, device=x.device) if packed else None
+        u, taps, offset = draw(B, T, D).to(x.dtype), draw(D, W).to(weight.dtype), None
+        if bias is not None:
+            offset = draw(D).to(bias.dtype)
+        initial = draw(S, W - 1, D).to(x.dtype) if has_initial else None
+        upstream = draw(B, T, D).to(x.dtype)
+        grad_x, shares, grad_initial = convolve_backward(upstream, None, u, taps, offset, silu, initial, cu_seqlens)
+        got = [*convolve(u, taps, offset, silu, initial, cu_seqlens), grad_x, shares[:W].T]
+        got += [] if bias is None else [shares[W]]
+        got += [] if initial is None else [grad_initial]
+
+        def chunked(x, weight, bias, initial):
+            initial = x.new_zeros(S, W - 1, D) if initial is None else initial
+            return causal_conv1d_chunked(x, weight, bias, silu, initial, cu_seqlens)
+
+        return deviation(got, in_double(chunked, (u, taps, offset, initial), upstream))
+
+    sizes: dict[str, object] = {
+        "D": D,
+        "W": W,
+        "silu": silu,
+        "bias": bias is not None,
+        "initial": has_initial,
+        "packed": packed,
+    }
+    sizes |= {"dtype": x.dtype, "parameters": weight.dtype}
+    check_once("causal_conv1d", sizes, x.device, compare, rounding(x.dtype))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::causal_conv1d_triton", mutates_args=())
@@ -135,6 +173,8 @@ def _forward(
     initial: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if is_due(x):
+        check(x, weight, bias, silu, initial is not None, cu_seqlens is not None)
     return convolve(x, weight, bias, silu, initial, cu_seqlens)
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 import triton
 
-from riverrun.kernels.common.shooting import NAMESPACE, statistics_of, statistics_on
+from riverrun.kernels.common.device import multiprocessors
+from riverrun.kernels.common.self_check import check_once, deviation, draws, in_double, is_due, rounding
+from riverrun.kernels.common.shooting import NAMESPACE, final_state, statistics_of, statistics_on
 from riverrun.kernels.common.triton_documents import document_starts
 from riverrun.kernels.common.triton_solve import backward_kernel, forward_kernel
 
@@ -46,6 +48,12 @@ class Launch:
     block: int
 
     @classmethod
+    def for_gates(cls, gates: torch.Tensor, chunk_size: int | None) -> "Launch":
+        """On the device of the gates (B, T, G, D)."""
+        B, T, _, D = gates.shape
+        return cls.of(B, T, D, chunk_size, multiprocessors(gates))
+
+    @classmethod
     def of(cls, B: int, T: int, D: int, chunk_size: int | None, multiprocessors: int) -> "Launch":
         """Without a chunk size: as few chunks as fill the device."""
         block = min(64, triton.next_power_of_2(D))
@@ -78,44 +86,45 @@ class Launch:
         }
 
 
-def _multiprocessors(x: torch.Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
-
-
 def _groups(T: int) -> int:
     return triton.cdiv(T, STEPS)
 
 
 def solve(
-    name: str,
+    name: str | None,
     cell: TritonCell,
     gates: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     initial: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
-    chunk_size: int | None,
+    launch: Launch,
     tolerance: float,
     max_passes: int,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """→ h (B, T, D), final state (S, K, D), checkpoints (B, ⌈T / STEPS⌉, K, D), which are empty unless `save`."""
+    """→ h (B, T, D), final state (S, K, D), checkpoints (B, ⌈T / STEPS⌉, K, D), which are empty unless `save`. Counted
+    under `name`, if there is one."""
     B, T, G, D = gates.shape
     K, packed = cell.num_states, cu_seqlens is not None
-    launch = Launch.of(B, T, D, chunk_size, _multiprocessors(gates))
     words, documents = (gates, gates) if cu_seqlens is None else document_starts(cu_seqlens, T, STEPS)
     h = gates.new_empty(B, T, D)
     final = gates.new_empty(len(cu_seqlens) - 1 if cu_seqlens is not None else B, K, D, dtype=torch.float32)
     checkpoints = final.new_empty((B, _groups(T), K, D) if save else 0)
     pieces = B * triton.cdiv(D, launch.block)
-    if launch.chunks > 1:
-        statistics_of(name).pieces += pieces
+    if name is None:
+        counts = torch.zeros(3, dtype=torch.int32, device=gates.device)
     else:
-        statistics_of(name).sequential += pieces
+        counts = statistics_on(name, gates.device)
+        statistics = statistics_of(name)
+        if launch.chunks > 1:
+            statistics.pieces += pieces
+        else:
+            statistics.sequential += pieces
     forward_kernel[(pieces,)](
         gates, weight, weight if bias is None else bias, final if initial is None else initial,
         words, documents, h, checkpoints, final,
-        launch.exchange(final, pieces, K), statistics_on(name, gates.device),
+        launch.exchange(final, pieces, K), counts,
         T, launch.length, launch.burn_in, max_passes, tolerance,
         ACTIVATE=cell.activate, NEW_STATE=cell.new_state, JACOBIAN=cell.jacobian,
         D=D, G=G, K=K, P=cell.num_weights,
@@ -135,14 +144,13 @@ def solve_backward(
     initial: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     checkpoints: torch.Tensor,
-    chunk_size: int | None,
+    launch: Launch,
     tolerance: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """→ the gradients of the gates, of weight and bias (P + G, D) and of the initial state (empty if there is none),
     the last two in float32."""
     B, T, G, D = gates.shape
     K, P = cell.num_states, cell.num_weights
-    launch = Launch.of(B, T, D, chunk_size, _multiprocessors(gates))
     words, documents = (gates, gates) if cu_seqlens is None else document_starts(cu_seqlens, T, STEPS)
     grad_gates = torch.empty_like(gates)
     shares = checkpoints.new_empty(B, P + G, D)
@@ -162,8 +170,71 @@ def solve_backward(
     return grad_gates, shares.sum(0), grad_initial
 
 
-def define_triton_op(name: str, cell: TritonCell) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Register the solver of `cell` as a torch operator with a gradient, opaque to torch.compile.
+def check(
+    name: str,
+    cell: TritonCell,
+    chunked: Callable[..., torch.Tensor],
+    gates: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    has_initial: bool,
+    packed: bool,
+    launch: Launch,
+    gradients: bool,
+) -> None:
+    """The self-check of the kernels for such tensors, against the op `chunked` (see `shooting.define_op`)."""
+    _, T, G, D = gates.shape
+    even = launch.options(T, D, 1)["EVEN"]
+
+    def compare() -> float:
+        draw = draws(gates.device)
+        length = 2 * STEPS if launch.chunks > 1 else 4 * STEPS
+        T = launch.chunks * length - (0 if even else 3)
+        small = Launch(launch.chunks, length, length if launch.chunks > 1 else 0, launch.block)
+        bounds = [0, 1, 3, T // 2, T]
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=gates.device) if packed else None
+        S = len(bounds) - 1 if packed else 1
+        u, upstream = draw(1, T, G, D).to(gates.dtype), draw(1, T, D).to(gates.dtype)
+        w = (draw(cell.num_weights, D) / 4).to(weight.dtype)
+        offset = None if bias is None else draw(G, D).to(bias.dtype)
+        initial = draw(S, cell.num_states, D) if has_initial else None
+        h, final, checkpoints = solve(None, cell, u, w, offset, initial, cu_seqlens, small, 1e-5, 8, gradients)
+        got = [h, final]
+        if gradients:
+            grad_u, shares, grad_initial = solve_backward(
+                cell, upstream, None, u, w, offset, initial, cu_seqlens, checkpoints, small, 1e-5
+            )
+            got += [grad_u, shares[: cell.num_weights]]
+            got += [] if bias is None else [shares[cell.num_weights :]]
+            got += [] if initial is None else [grad_initial]
+
+        def step_by_step(gates, weight, bias, initial):
+            gates = gates if bias is None else gates + bias
+            initial = gates.new_zeros(S, cell.num_states, D) if initial is None else initial
+            states = chunked(gates, weight, initial, cu_seqlens, T, 1e-5, 0)
+            statistics_of(name).sequential -= 1  # which is no solve of the user's
+            return states[-1], final_state(states, cu_seqlens)
+
+        want = in_double(step_by_step, (u, w, offset, initial), upstream if gradients else None)
+        return deviation(got, want)
+
+    sizes: dict[str, object] = {
+        "D": D,
+        "chunks": launch.chunks,
+        "block": launch.block,
+        "even": even,
+        "bias": bias is not None,
+    }
+    sizes |= {"initial": has_initial, "packed": packed, "gradients": gradients}
+    sizes |= {"dtype": gates.dtype, "parameters": weight.dtype}
+    check_once(name, sizes, gates.device, compare, rounding(gates.dtype))
+
+
+def define_triton_op(
+    name: str, cell: TritonCell, chunked: Callable[..., torch.Tensor]
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Register the solver of `cell` as a torch operator with a gradient, opaque to torch.compile, that is checked at
+    first use against the one in torch.
 
     `(gates (B, T, G, D), weight (P, D), bias (G, D), initial_state (S, K, D), cu_seqlens, chunk_size, tolerance,
     max_passes) → h (B, T, D), final state (S, K, D) float32`; bias, initial_state and cu_seqlens may be None. The gates
@@ -182,7 +253,11 @@ def define_triton_op(name: str, cell: TritonCell) -> Callable[..., tuple[torch.T
         max_passes: int,
         save: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return solve(name, cell, gates, weight, bias, initial, cu_seqlens, chunk_size, tolerance, max_passes, save)
+        launch = Launch.for_gates(gates, chunk_size)
+        if is_due(gates):
+            given = initial is not None, cu_seqlens is not None
+            check(name, cell, chunked, gates, weight, bias, *given, launch, save)
+        return solve(name, cell, gates, weight, bias, initial, cu_seqlens, launch, tolerance, max_passes, save)
 
     @forward.register_fake
     def _(gates, weight, bias, initial, cu_seqlens, chunk_size, tolerance, max_passes, save):
@@ -204,8 +279,9 @@ def define_triton_op(name: str, cell: TritonCell) -> Callable[..., tuple[torch.T
         chunk_size: int | None,
         tolerance: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        launch = Launch.for_gates(gates, chunk_size)
         return solve_backward(
-            cell, grad_h, grad_final, gates, weight, bias, initial, cu_seqlens, checkpoints, chunk_size, tolerance
+            cell, grad_h, grad_final, gates, weight, bias, initial, cu_seqlens, checkpoints, launch, tolerance
         )
 
     @backward.register_fake

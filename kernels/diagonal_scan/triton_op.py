@@ -6,8 +6,11 @@ from typing import Any
 import torch
 import triton
 
+from riverrun.kernels.common.device import multiprocessors
+from riverrun.kernels.common.self_check import check_once, deviation, draws, in_double, is_due, rounding
 from riverrun.kernels.common.shooting import NAMESPACE
 from riverrun.kernels.common.triton_documents import document_starts
+from riverrun.kernels.diagonal_scan.chunked import diagonal_scan_chunked
 from riverrun.kernels.diagonal_scan.triton_kernels import backward_kernel, forward_kernel
 
 STEPS = 8  # tokens of a chunk, and between checkpoints
@@ -29,16 +32,16 @@ class Launch:
     def of(cls, x: torch.Tensor) -> "Launch":
         """As few chunks as fill the device."""
         B, T, D = x.shape
-        multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
+        processors = multiprocessors(x)
         per_thread = 1 if x.is_complex() else 2
         block = min(64, triton.next_power_of_2(D))
-        while block > 16 and B * triton.cdiv(D, block) < multiprocessors:
+        while block > 16 and B * triton.cdiv(D, block) < processors:
             block //= 2
         threads = triton.cdiv(B * D, per_thread)
-        if threads >= FULL * multiprocessors:
+        if threads >= FULL * processors:
             return cls(1, block, per_thread)
         most = min(MAX_CHUNKS, MAX_THREADS * per_thread // block, triton.cdiv(T, STEPS))
-        enough = max(1, min(OVERFULL * multiprocessors // threads, most))
+        enough = max(1, min(OVERFULL * processors // threads, most))
         return cls(1 << (enough.bit_length() - 1), block, per_thread)  # the power of two below
 
     def options(self, T: int, D: int) -> dict[str, Any]:
@@ -71,11 +74,12 @@ def scan(
     initial: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     save: bool,
+    launch: Launch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """→ h (B, T, D) in the dtype of x, the final states (S, D), checkpoints (B, ⌈T / STEPS⌉, D), of which there are
     none unless `save`, and h is narrower than float32."""
     B, T, D = x.shape
-    launch = Launch.of(x)
+    launch = launch or Launch.of(x)
     words, documents = (x, x) if cu_seqlens is None else document_starts(cu_seqlens, T, STEPS)
     h = torch.empty_like(x)
     final = x.new_empty(B if cu_seqlens is None else len(cu_seqlens) - 1, D, dtype=_state_dtype(x))
@@ -97,11 +101,12 @@ def scan_backward(
     initial: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     checkpoints: torch.Tensor,
+    launch: Launch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """→ the gradients of x, of a and of the initial state (empty if there is none); `states` are x where there are
     checkpoints, else h."""
     B, T, D = states.shape
-    launch = Launch.of(states)
+    launch = launch or Launch.of(states)
     words, documents = (states, states) if cu_seqlens is None else document_starts(cu_seqlens, T, STEPS)
     grad_x = torch.empty_like(states)
     grad_a = a.new_empty(B, D, dtype=_state_dtype(a)) if a.dim() == 1 else torch.empty_like(a)
@@ -119,10 +124,51 @@ def scan_backward(
     return grad_x, grad_a.sum(0).to(a.dtype) if a.dim() == 1 else grad_a, grad_initial
 
 
+def check(x: torch.Tensor, a: torch.Tensor, has_initial: bool, packed: bool, gradients: bool) -> None:
+    """The self-check of the kernels for such tensors."""
+    launch, D = Launch.of(x), x.shape[2]
+    even = launch.options(x.shape[1], D)["EVEN"]
+
+    def compare() -> float:
+        draw = draws(x.device)
+        T = 3 * launch.chunks * STEPS - (0 if even else 3)  # three blocks
+        bounds = [0, 1, 3, T // 2, T]
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=x.device) if packed else None
+        S = len(bounds) - 1 if packed else 1
+        u, upstream = draw(1, T, D, dtype=_state_dtype(x)).to(x.dtype), draw(1, T, D, dtype=_state_dtype(x)).to(x.dtype)
+        decay = draw((D,) if a.dim() == 1 else (1, T, D), dtype=_state_dtype(a))
+        decay = (decay / (1 + decay.abs())).to(a.dtype)
+        initial = draw(S, D, dtype=_state_dtype(x)) if has_initial else None
+        h, final, checkpoints = scan(u, decay, initial, cu_seqlens, gradients, launch)
+        got = [h, final]
+        if gradients:
+            states = u if u.dtype.itemsize < 4 else h
+            got += scan_backward(upstream, None, states, decay, initial, cu_seqlens, checkpoints, launch)
+            got = got if has_initial else got[:-1]
+
+        def chunked(x, a, initial):
+            return diagonal_scan_chunked(x, a, x.new_zeros(S, D) if initial is None else initial, cu_seqlens)
+
+        want = in_double(chunked, (u, decay, initial), upstream if gradients else None)
+        return deviation(got, want)
+
+    sizes: dict[str, object] = {
+        "D": D,
+        "chunks": launch.chunks,
+        "block": launch.block,
+        "even": even,
+        "constant": a.dim() == 1,
+    }
+    sizes |= {"initial": has_initial, "packed": packed, "gradients": gradients, "dtype": x.dtype, "decay": a.dtype}
+    check_once("diagonal_scan", sizes, x.device, compare, rounding(x.dtype))
+
+
 @torch.library.custom_op(f"{NAMESPACE}::diagonal_scan_triton", mutates_args=())
 def _forward(
     x: torch.Tensor, a: torch.Tensor, initial: torch.Tensor | None, cu_seqlens: torch.Tensor | None, save: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if is_due(x):
+        check(x, a, initial is not None, cu_seqlens is not None, save)
     return scan(x, a, initial, cu_seqlens, save)
 
 

@@ -7,12 +7,12 @@ and Y; then `gradients_kernel` over all chunks.
 Where sequences and heads are too few to fill the device, each walk is of segments, after a walk for their maps.
 """
 
-import functools
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
-from riverrun.kernels.common.self_check import check_once, deviation
+from riverrun.kernels.common.self_check import check_once, deviation, draws, in_double, is_due
 from riverrun.kernels.common.shooting import NAMESPACE
 from riverrun.kernels.gated_delta.chunked import gated_delta_chunked
 from riverrun.kernels.gated_delta.triton_gradients import gradients_kernel
@@ -73,6 +73,43 @@ def delta_backward(
     return grad_q, grad_k, grad_v, grad_beta, grad_g, grad_beta.new_empty(0) if grad_initial is None else grad_initial
 
 
+def check(
+    k: torch.Tensor, v: torch.Tensor, gated: bool, normalise: bool, states: bool, packed: bool, exact: bool, back: bool
+) -> None:
+    """The self-check of the forward kernels for such tensors, or of the backward ones. `states` are initial ones, and
+    with `back` gradients of final ones."""
+    dtype, device, (n, H, K), V = k.dtype, k.device, k.shape[2:], v.shape[-1]
+
+    def compare() -> float:
+        draw, chunk = draws(device), tiles().chunk
+        T = 16 * (3 * chunk // n // 16 + 1)  # several chunks; like most batches' a multiple of 16: compilers use that
+        bounds = torch.tensor([0, 5, T], dtype=torch.int32, device=device) if packed else None
+        q_k_v = [draw(1, T, H, K), draw(1, T, n, H, K), draw(1, T, n, H, V)]
+        if not normalise:
+            q_k_v[:2] = (F.normalize(x, dim=-1) for x in q_k_v[:2])
+        inputs: list[Any] = [x.to(dtype) for x in q_k_v]
+        inputs += [
+            draw(1, T, n, H).sigmoid() * (2 if exact else 1),
+            -draw(1, T, H).exp() / 8 if gated else None,
+            draw(2 if packed else 1, H, K, V) if states else None,
+        ]
+        upstream = draw(1, T, H, V).to(dtype)
+
+        def chunked(q, k, v, beta, g, initial):
+            return gated_delta_chunked(q, k, v, beta, g, 1.0, normalise, initial, bounds, chunk)
+
+        q, k, v, beta, g, initial = inputs
+        rest = 1.0, normalise, initial, bounds, exact
+        if not back:
+            return deviation(delta(q, k, v, beta, g, *rest), in_double(chunked, inputs, None))
+        grads = delta_backward(upstream, None, q, k, v, beta, g, *rest)
+        return deviation([x for x in grads if x.numel()], in_double(chunked, inputs, upstream)[2:])
+
+    sizes: dict[str, object] = {"n": n, "H": H, "K": K, "V": V, "gated": gated, "normalised": normalise}
+    sizes |= {"states": states, "packed": packed, "exact": exact, "gradients": back, "dtype": dtype}
+    check_once("gated_delta", sizes, device, compare, 1e-4 if dtype == torch.float32 else 5e-2)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::gated_delta_triton", mutates_args=())
 def _forward(
     q: torch.Tensor,
@@ -86,6 +123,8 @@ def _forward(
     cu_seqlens: torch.Tensor | None,
     exact: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if is_due(k):
+        check(k, v, g is not None, normalise, initial is not None, cu_seqlens is not None, exact, back=False)
     return delta(q, k, v, beta, g, scale, normalise, initial, cu_seqlens, exact)
 
 
@@ -111,6 +150,8 @@ def _backward(
     cu_seqlens: torch.Tensor | None,
     exact: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    if is_due(k):
+        check(k, v, g is not None, normalise, initial is not None, cu_seqlens is not None, exact, back=True)
     return delta_backward(  # type: ignore[return-value]
         grad_o, grad_final, q, k, v, beta, g, scale, normalise, initial, cu_seqlens, exact
     )
@@ -148,34 +189,6 @@ def _gradient(ctx: Any, grad_o: torch.Tensor | None, grad_final: torch.Tensor | 
 _forward.register_autograd(_gradient, setup_context=_setup)
 
 
-@torch.compiler.assume_constant_result
-def check(dtype: torch.dtype, device: torch.device, n: int, H: int, K: int, V: int, exact: bool) -> None:
-    """The self-check of kernels for these sizes, also while torch.compile traces the call."""
-
-    def compare() -> float:
-        generator = torch.Generator(device).manual_seed(0)
-        draw = functools.partial(torch.randn, generator=generator, device=device)
-        chunk = tiles().chunk
-        T = 3 * chunk // n + 8  # several chunks, the last one short
-        inputs = [draw(1, T, H, K), draw(1, T, n, H, K), draw(1, T, n, H, V)]
-        inputs = [x.to(dtype) for x in inputs]
-        inputs += [draw(1, T, n, H).sigmoid() * (2 if exact else 1), -draw(1, T, H).exp() / 8, draw(1, H, K, V)]
-        outcomes = []
-        with torch.enable_grad():
-            for form in ("triton", "chunked"):
-                leaves = [(x if form == "triton" else x.double()).detach().requires_grad_() for x in inputs]
-                q, k, v, beta, g, state = leaves
-                if form == "triton":
-                    out = _forward(q, k, v, beta, g, 1.0, True, state, None, exact)
-                else:
-                    out = gated_delta_chunked(q, k, v, beta, g, 1.0, True, state, None, chunk)
-                outcomes.append([*out, *torch.autograd.grad(out[0].sum() + out[1].sum(), leaves)])
-        return deviation(*outcomes)
-
-    sizes = {"n": n, "H": H, "K": K, "V": V, "exact": exact, "dtype": dtype}
-    check_once("gated_delta", sizes, device, compare, 1e-4 if dtype == torch.float32 else 5e-2)
-
-
 def gated_delta_triton(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -194,6 +207,4 @@ def gated_delta_triton(
         raise ValueError(f"cu_seqlens describes documents packed into one row: expected batch size 1, got {q.shape[0]}")
     q, k, v, beta = (x.contiguous() for x in (q, k.to(q.dtype), v.to(q.dtype), beta))
     g, initial_state = (None if x is None else x.float().contiguous() for x in (g, initial_state))
-    if q.is_cuda:
-        check(q.dtype, q.device, *k.shape[2:], v.shape[-1], exact)
     return _forward(q, k, v, beta, g, scale, qk_l2norm, initial_state, cu_seqlens, exact)

@@ -15,8 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
+from riverrun.kernels.common.device import multiprocessors
+from riverrun.kernels.common.self_check import check_once, deviation, draws, in_double, is_due, rounding
 from riverrun.kernels.common.shooting import NAMESPACE
 from riverrun.kernels.common.triton_math import sigmoid
+from riverrun.kernels.gated_rms_norm.reference import gated_rms_norm_reference
 
 ELEMENTS = 2048  # of a program, at least: rows × channels
 FORWARD_PER_THREAD, BACKWARD_PER_THREAD = 16, 8  # elements
@@ -136,10 +139,6 @@ def backward_kernel(
     tl.store(shares + (part * G + group).to(tl.int64) * C + c, tl.sum(total, 0), mask=c < C)
 
 
-def _multiprocessors(x: torch.Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
-
-
 def _tokens(x: torch.Tensor) -> torch.Tensor:
     """(B, T, …, D) → (B·T, … · D), (…, D) → (…, D) with fewer dimensions; neighbours in memory where they are in the
     last one. A view where the strides allow it, as they do in a slice of a projection's output."""
@@ -187,13 +186,17 @@ def norm_backward(
     rstd: torch.Tensor,
     groups: int,
     norm_before_gate: bool,
+    programs: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """→ the gradients of x, of the gate (empty if there is none), and of the weight in float32."""
+    """→ the gradients of x, of the gate (empty if there is none), and of the weight in float32; by default from as many
+    programs a group as fill the device."""
     tokens, grads = _tokens(x), _tokens(grad_y)
     gates = tokens if gate is None else _tokens(gate)
     shape = _shape(tokens, x.shape[-1], groups)
     rows = rstd.shape[1]
-    parts = min(triton.cdiv(rows, shape["R"]), triton.cdiv(BACKWARD_PROGRAMS * _multiprocessors(x), groups))
+    if programs is None:
+        programs = triton.cdiv(BACKWARD_PROGRAMS * multiprocessors(x), groups)
+    parts = min(triton.cdiv(rows, shape["R"]), programs)
     grad_x = x.new_empty(x.shape)
     grad_gate = grad_x.new_empty(0) if gate is None else gate.new_empty(gate.shape)
     shares = x.new_empty(parts, x.shape[-1], dtype=torch.float32)
@@ -206,10 +209,42 @@ def norm_backward(
     return grad_x, grad_gate, shares.sum(0)
 
 
+def check(x: torch.Tensor, gated: bool, weight: torch.Tensor, eps: float, groups: int, norm_before_gate: bool) -> None:
+    """The self-check of the kernels for such tensors."""
+    D, heads = x.shape[-1], x.shape[2:-1].numel()
+
+    def compare() -> float:
+        draw = draws(x.device)
+        R = max(1, ELEMENTS // triton.next_power_of_2(D // groups))
+        shape = 1, triton.cdiv(5 * R + 1, heads), heads, D  # three steps of the backward loop, the last one short
+        u, w, upstream = draw(shape).to(x.dtype), draw(D).to(weight.dtype), draw(shape).to(x.dtype)
+        gate = draw(shape).to(x.dtype) if gated else None
+        y, rstd = norm(u, gate, w, eps, groups, norm_before_gate)
+        grad_x, grad_gate, grad_w = norm_backward(upstream, u, gate, w, rstd, groups, norm_before_gate, 2)
+
+        def in_torch(x, gate, weight):
+            return [gated_rms_norm_reference(x, gate, weight, eps, groups, norm_before_gate)]
+
+        got = [y, grad_x, grad_gate, grad_w] if gated else [y, grad_x, grad_w]
+        return deviation(got, in_double(in_torch, (u, gate, w), upstream))
+
+    sizes: dict[str, object] = {
+        "D": D,
+        "groups": groups,
+        "heads": heads,
+        "gate": gated,
+        "norm_before_gate": norm_before_gate,
+    }
+    sizes |= {"dtype": x.dtype, "parameters": weight.dtype}
+    check_once("gated_rms_norm", sizes, x.device, compare, rounding(x.dtype))
+
+
 @torch.library.custom_op(f"{NAMESPACE}::gated_rms_norm_triton", mutates_args=())
 def _forward(
     x: torch.Tensor, gate: torch.Tensor | None, weight: torch.Tensor, eps: float, groups: int, norm_before_gate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if is_due(x):
+        check(x, gate is not None, weight, eps, groups, norm_before_gate)
     return norm(x, gate, weight, eps, groups, norm_before_gate)
 
 

@@ -6,8 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
+from riverrun.kernels.common.self_check import check_once, deviation, draws, in_double, is_due, rounding
 from riverrun.kernels.common.triton_math import INTERPRETED
 from riverrun.kernels.head_rnn.cells import CELLS
+from riverrun.kernels.head_rnn.chunked import head_rnn_chunked
 from riverrun.kernels.head_rnn.triton_cells import (
     elman_back,
     elman_step,
@@ -83,7 +85,18 @@ def forward(
     return h, final, states
 
 
-_forward = torch.library.custom_op(f"{NAMESPACE}::head_rnn", forward, mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::head_rnn", mutates_args=())
+def _forward(
+    gates: torch.Tensor,
+    weight: torch.Tensor,
+    initial: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    cell: str,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if is_due(gates):
+        check(gates, weight, cell, initial is not None, save)
+    return forward(gates, weight, initial, cu_seqlens, cell, save)
 
 
 @_forward.register_fake
@@ -139,6 +152,41 @@ _backward = torch.library.custom_op(f"{NAMESPACE}::head_rnn_backward", backward,
 def _(grad_h, grad_final, gates, weight, initial, cu_seqlens, h, states, cell):
     grad_initial = states.new_empty(0 if initial is None else initial.shape)
     return torch.empty_like(gates), torch.empty_like(weight, dtype=gates.dtype), grad_initial
+
+
+def check(gates: torch.Tensor, weight: torch.Tensor, cell: str, has_initial: bool, gradients: bool) -> None:
+    """The self-check of the kernels for such tensors."""
+    G, H, K = gates.shape[2:]
+
+    def compare() -> float:
+        draw = draws(gates.device)
+        bounds = [0, 1, 9, 14]  # of documents, which are sequences like any other to the kernels
+        S, T = len(bounds) - 1, bounds[-1]
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=gates.device)
+        u, w = draw(1, T, G, H, K).to(gates.dtype), (draw(G, H, K, K) * (0.5 * K**-0.5)).to(weight.dtype)
+        upstream = draw(1, T, H, K).to(gates.dtype)
+        initial = None
+        if has_initial:
+            initial = draw(S, len(CELLS[cell].states), H, K).abs()  # slstm's normaliser is positive
+        h, final, states = forward(u, w, initial, cu_seqlens, cell, gradients)
+        got = [h, final]
+        if gradients:
+            got += backward(upstream, None, u, w, initial, cu_seqlens, h, states, cell)
+            got = got if has_initial else got[:-1]
+
+        def chunked(gates, weight, initial):
+            if initial is None:
+                initial = gates.new_zeros(S, len(CELLS[cell].states), H, K)
+            return head_rnn_chunked(gates, weight, cell, initial, cu_seqlens)
+
+        want = in_double(chunked, (u, w, initial), upstream if gradients else None)
+        return deviation(got, want)
+
+    sizes: dict[str, object] = {"cell": cell, "H": H, "K": K, "initial": has_initial, "gradients": gradients}
+    sizes |= {"dtype": gates.dtype, "parameters": weight.dtype}
+    # torch's products, for the weight's gradient, may be told to cut float32 to 11 bits
+    limit = max(2e-3, rounding(gates.dtype))
+    check_once("head_rnn", sizes, gates.device, compare, limit)
 
 
 def _setup_context(ctx, inputs, output):

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from riverrun.kernels.common.self_check import check_once, deviation, draws, is_due, rounding
 from riverrun.kernels.common.shooting import NAMESPACE
 from riverrun.kernels.common.triton_math import exp
 
@@ -38,13 +39,64 @@ def gradient_kernel(logits, targets, log_z, of_softmax, of_target, gradient, V, 
     tl.store(gradient + row * V + column, grad.to(gradient.dtype.element_ty), mask=column < V)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::log_z", mutates_args=())
-def log_z(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def log_partition(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """logits (N, V) float32, targets (N,) → log Σ e^x (N,) and the logits at the targets (N,)."""
     N, V = logits.shape
     out, picked = logits.new_empty(2, N).unbind()
     log_z_kernel[(N,)](logits, targets, out, picked, V, BLOCK=BLOCK, num_warps=WARPS)
     return out.clone(), picked.clone()
+
+
+def gradient(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    log_z: torch.Tensor,
+    of_softmax: torch.Tensor,
+    of_target: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The gradient of the logits (N, V), in `dtype`, from those of −log softmax's two parts, (N,) each."""
+    N, V = logits.shape
+    out = logits.new_empty(N, V, dtype=dtype)
+    gradient_kernel[(N, triton.cdiv(V, BLOCK))](
+        logits, targets, log_z, of_softmax, of_target, out, V, BLOCK=BLOCK, num_warps=WARPS
+    )
+    return out
+
+
+def check(logits: torch.Tensor, dtype: torch.dtype | None) -> None:
+    """The self-check of the gradient's kernel for logits like these, or of the other where no `dtype` is given."""
+    aligned, device = logits.shape[1] % 16 == 0, logits.device  # which is what compilers look at
+
+    def compare() -> float:
+        draw = draws(device)
+        N, V = 5, 2 * BLOCK + (16 if aligned else 7)
+        x, upstream, picked_upstream = 4 * draw(N, V), draw(N), draw(N)
+        targets = torch.arange(N, device=device) * (V // N)
+        wide = x.double()
+        log_z = wide.logsumexp(1)
+        if dtype is None:
+            return deviation(log_partition(x, targets), (log_z, wide[range(N), targets]))
+        got = gradient(x, targets, log_z.float(), upstream, picked_upstream, dtype)
+        want = wide.softmax(1) * upstream[:, None]
+        want[range(N), targets] -= picked_upstream
+        return deviation([got], [want])
+
+    sizes: dict[str, object] = {
+        "kernel": "log_z" if dtype is None else "gradient",
+        "aligned": aligned,
+        "dtype": dtype or logits.dtype,
+    }
+    limit = rounding(dtype or logits.dtype)
+    check_once("linear_cross_entropy", sizes, device, compare, limit)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::log_z", mutates_args=())
+def log_z(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`log_partition`, checked at first use."""
+    if is_due(logits):
+        check(logits, None)
+    return log_partition(logits, targets)
 
 
 @log_z.register_fake
@@ -61,13 +113,10 @@ def softmax_gradient(
     of_target: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The gradient of the logits (N, V), in `dtype`, from those of −log softmax's two parts, (N,) each."""
-    N, V = logits.shape
-    out = logits.new_empty(N, V, dtype=dtype)
-    gradient_kernel[(N, triton.cdiv(V, BLOCK))](
-        logits, targets, log_z, of_softmax, of_target, out, V, BLOCK=BLOCK, num_warps=WARPS
-    )
-    return out
+    """`gradient`, checked at first use."""
+    if is_due(logits):
+        check(logits, dtype)
+    return gradient(logits, targets, log_z, of_softmax, of_target, dtype)
 
 
 @softmax_gradient.register_fake

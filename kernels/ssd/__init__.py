@@ -5,6 +5,7 @@ import torch
 from riverrun.kernels.common.backend import check_shape, resolve_backend
 from riverrun.kernels.ssd.chunked import ssd_chunked
 from riverrun.kernels.ssd.reference import ssd_reference
+from riverrun.kernels.ssd.steps import step_sizes
 
 
 def ssd(
@@ -15,23 +16,30 @@ def ssd(
     C: torch.Tensor,
     D: torch.Tensor | None = None,
     *,
+    dt_bias: torch.Tensor | None = None,
+    dt_softplus: bool = False,
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     backend: str = "auto",
     chunk_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_tᵀ,  y_t = h_t C_t + D x_t  (Mamba-2, arXiv 2405.21060).
+    """h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_tᵀ,  y_t = h_t C_t + D x_t  (Mamba-2, arXiv 2405.21060).
+
+    The step sizes are Δ = dt + dt_bias, or softplus of that. The raw output of a projection, in its own type, with the
+    bias and the softplus left to the op, is what the Triton kernels read fastest.
 
     Arithmetic is float32 (float64 if `x` is float64), also under autocast; the Triton kernels multiply in the type of
     `x` and sum in float32. Values are not checked.
 
     Args:
         x: (B, T, H, P), the input of H heads of P channels.
-        dt: (B, T, H), step sizes > 0, bias and softplus already applied.
+        dt: (B, T, H), such that Δ > 0; of any floating type.
         A: (H,), decay rates < 0.
         B: (B, T, G, N), input projections; each of the G groups is shared by H / G consecutive heads.
         C: (B, T, G, N), output projections.
         D: (H,) or (H, P), the skip connection; None for none.
+        dt_bias: (H,), added to dt; None for none.
+        dt_softplus: Δ is the softplus of that.
         initial_state: (S, H, P, N), zeros if None. S is the batch size, or the number of documents.
         cu_seqlens: (S + 1,) integers rising from 0 to T: the bounds of documents packed into a batch of one row.
         backend: "auto", "reference", "chunked" or "triton" (see `resolve_backend`).
@@ -53,6 +61,8 @@ def ssd(
     check_shape("ssd", "A", A, (H,), "(H,)")
     check_shape("ssd", "B", B, (batch, T, G, N), "(B, T, G, N)")
     check_shape("ssd", "C", C, (batch, T, G, N), "(B, T, G, N)")
+    if dt_bias is not None:
+        check_shape("ssd", "dt_bias", dt_bias, (H,), "(H,)")
     if D is not None and (D.dim() not in (1, 2) or D.shape != (H, P)[: D.dim()]):
         raise ValueError(f"ssd: D must have shape (H,) = {(H,)} or (H, P) = {(H, P)}, got {tuple(D.shape)}")
     if initial_state is not None:
@@ -63,10 +73,11 @@ def ssd(
     # "auto" stays with the chunked form until the kernels have been checked on a card
     chosen = resolve_backend("ssd", backend, x, T, has_triton=backend == "triton")
     with torch.autocast(x.device.type, enabled=False):
-        if chosen == "reference":
-            return ssd_reference(x, dt, A, B, C, D, initial_state, cu_seqlens)
         if chosen == "triton":
             from riverrun.kernels.ssd.triton_op import ssd_triton
 
-            return ssd_triton(x, dt, A, B, C, D, initial_state, cu_seqlens)
-        return ssd_chunked(x, dt, A, B, C, D, initial_state, cu_seqlens, chunk_size)
+            return ssd_triton(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, cu_seqlens)
+        steps = step_sizes(x, dt, dt_bias, dt_softplus)
+        if chosen == "reference":
+            return ssd_reference(x, steps, A, B, C, D, initial_state, cu_seqlens)
+        return ssd_chunked(x, steps, A, B, C, D, initial_state, cu_seqlens, chunk_size)

@@ -16,6 +16,7 @@ where ddA, the gradient of dt A, is the sum of the gradients of all a_i from its
 below its diagonal gives Σ_j E_ij − Σ_j E_ji, the reading of the state e^{a_i} ⟨(C Hᵀ)_i, dY_i⟩. What the chunk writes
 into the state carries a_Q − a_j, and so gives the sum of dt_j s_j ⟨(B dHᵀ)_j, X_j⟩ over the tokens *before*; what is
 kept of the state gives e^{a_Q} ⟨dH, H⟩ to all. No gradient is the difference of two large sums that should cancel.
+Here dt is Δ; its gradient goes on through the softplus as it is stored.
 
 All of this is more than the registers of a program hold. Two programs share a chunk: one has what is read from the
 state at its start, diag(eᵃ) dY H and its part of ddt, the other has the rest. They run side by side, so that what both
@@ -27,18 +28,21 @@ import triton.language as tl
 
 from riverrun.kernels.common.triton_chunks import chunk, sequence
 from riverrun.kernels.common.triton_math import dot, exp
-from riverrun.kernels.ssd.triton_forward import load_rows, load_state, load_steps, store_rows, store_state
+from riverrun.kernels.ssd.triton_forward import load_rows, load_state, store_rows, store_state
+from riverrun.kernels.ssd.triton_steps import load_bias, load_dt, step_sizes, through_softplus
 
 
 @triton.jit
 def states_kernel(
     x,  # (B, T, H, P), or dY
-    dt,  # (B, T, H) float32
+    dt,  # (B, T, H)
+    dt_bias,  # (H,) float32
     A,  # (H,) float32
     B,  # (B, T, G, N), or C
     first_state,  # (S, H, P, N) float32
     states,  # (M, H, N, P)
     last_state,  # (S, H, P, N) float32
+    decay,  # (S, H) float32: what is left, after the walk, of the state before it
     cu_seqlens,
     first,
     T,
@@ -47,13 +51,18 @@ def states_kernel(
     P: tl.constexpr,
     N: tl.constexpr,
     X_STRIDE: tl.constexpr,  # from token to token
+    DT_STRIDE: tl.constexpr,
     B_STRIDE: tl.constexpr,
     Q: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
     BACKWARD: tl.constexpr,
     HAS_FIRST: tl.constexpr,
+    KEEP_STATES: tl.constexpr,
     KEEP_LAST: tl.constexpr,
+    KEEP_DECAY: tl.constexpr,
     PACKED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -61,35 +70,45 @@ def states_kernel(
     s, h = (walk // H).to(tl.int64), walk % H
     channel, row, step = block * BP + tl.arange(0, BP), tl.arange(0, BN), tl.arange(0, Q)
     begin, tokens, c = sequence(cu_seqlens, first, s, T, Q, PACKED)
-    g, rate, place = h // (H // G), tl.load(A + h), (s * H + h) * P * N
+    g, place = h // (H // G), (s * H + h) * P * N
+    rate, bias = tl.load(A + h), load_bias(dt_bias, h, HAS_BIAS)
     if HAS_FIRST:
         state = load_state(first_state + place, row, channel, N, P)
     else:
         state = tl.zeros([BN, BP], tl.float32)
+    left = 1.0
     last = (tl.cdiv(tokens, Q) - 1) * Q
+    raw = load_dt(dt + h, begin, last if BACKWARD else 0, tokens, step, DT_STRIDE)
     for done in tl.range(0, tokens, Q, num_stages=STAGES):
         at = last - done if BACKWARD else done
         token = begin + at
         here = step < tokens - at
-        store_rows(states + ((c + at // Q) * H + h) * N * P, state, row, row < N, P, channel, P)
+        if KEEP_STATES:
+            store_rows(states + ((c + at // Q) * H + h) * N * P, state, row, row < N, P, channel, P)
         x_tile = load_rows(x + token * X_STRIDE + h * P, step, here, X_STRIDE, channel, P)
         B_tile = load_rows(B + token * B_STRIDE + g * N, step, here, B_STRIDE, row, N)
-        d, a, end = load_steps(dt + token * H + h, rate, step, here, H, Q)
+        d, a, end = step_sizes(raw, bias, rate, step, here, Q, SOFTPLUS)
+        raw = load_dt(dt + h, begin, at - Q if BACKWARD else at + Q, tokens, step, DT_STRIDE)
         if BACKWARD:
             weight = exp(a)
         else:
             weight = d * exp(end - a)
         written = x_tile.to(tl.float32) * weight[:, None]
         state = dot(tl.trans(B_tile), written.to(x_tile.dtype), state * exp(end))
+        if KEEP_DECAY:
+            left *= exp(end)
     if KEEP_LAST:
         store_state(last_state + place, state, row, channel, N, P)
+    if KEEP_DECAY and block == 0:
+        tl.store(decay + s * H + h, left)
 
 
 @triton.jit
 def gradients_kernel(
     grad_y,  # (B, T, H, P)
     x,  # (B, T, H, P)
-    dt,  # (B, T, H) float32
+    dt,  # (B, T, H)
+    dt_bias,  # (H,) float32
     A,  # (H,) float32
     B,  # (B, T, G, N)
     C,  # (B, T, G, N)
@@ -98,6 +117,7 @@ def gradients_kernel(
     grad_states,  # (M, H, N, P)
     grad_x,  # (B, T, H, P)
     grad_dt,  # (2, B, T, H) float32
+    grad_bias,  # (2, M, H) float32
     grad_A,  # (2, M, H) float32
     grad_B,  # (splits, B, T, G, N)
     grad_C,  # (splits, 2, B, T, G, N) float32
@@ -112,12 +132,15 @@ def gradients_kernel(
     P: tl.constexpr,
     N: tl.constexpr,
     X_STRIDE: tl.constexpr,  # from token to token
+    DT_STRIDE: tl.constexpr,
     B_STRIDE: tl.constexpr,
     C_STRIDE: tl.constexpr,
     Q: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
     HEADS: tl.constexpr,  # of a program
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
     HAS_D: tl.constexpr,
     BY_CHANNEL: tl.constexpr,  # D is (H, P)
     PACKED: tl.constexpr,
@@ -137,8 +160,9 @@ def gradients_kernel(
         for i in tl.range(0, HEADS, num_stages=READ_STAGES):
             h = first_head + i
             index = tl.cast(c, tl.int64) * H + h
-            rate = tl.load(A + h)
-            d, a, end = load_steps(dt + token * H + h, rate, step, here, H, Q)
+            rate, bias = tl.load(A + h), load_bias(dt_bias, h, HAS_BIAS)
+            raw = load_dt(dt + h, token, 0, tokens, step, DT_STRIDE)
+            d, a, end = step_sizes(raw, bias, rate, step, here, Q, SOFTPLUS)
             by_a = tl.zeros([Q], tl.float32)
             flow = tl.zeros([BP], tl.float32)
             for p_start in tl.static_range(0, P, BP):
@@ -151,8 +175,11 @@ def gradients_kernel(
                 by_a += tl.sum(dot(C_tile, state) * read, 1)
                 by_C = dot(read.to(dtype), tl.trans(state), by_C)
             by_step = tl.cumsum(by_a, 0, reverse=True) + tl.sum(flow, 0) * exp(end)
-            tl.store(grad_dt + (token + step) * H + h, by_step * rate, mask=here)
             tl.store(grad_A + index, tl.sum(by_step * d, 0))
+            by_raw = through_softplus(by_step * rate, dt + h, token, tokens, step, bias, DT_STRIDE, SOFTPLUS)
+            tl.store(grad_dt + (token + step) * H + h, by_raw, mask=here)
+            if HAS_BIAS:
+                tl.store(grad_bias + index, tl.sum(tl.where(here, by_raw, 0.0), 0))
         store_rows(grad_C + ((2 * split * all_tokens + token) * G + g) * N, by_C, step, here, G * N, row, N)
     elif tokens > 0:
         B_tile = load_rows(B + token * B_STRIDE + g * N, step, here, B_STRIDE, row, N)
@@ -164,8 +191,9 @@ def gradients_kernel(
         for i in tl.range(0, HEADS, num_stages=STAGES):
             h = first_head + i
             index = tl.cast(c, tl.int64) * H + h
-            rate = tl.load(A + h)
-            d, a, end = load_steps(dt + token * H + h, rate, step, here, H, Q)
+            rate, bias = tl.load(A + h), load_bias(dt_bias, h, HAS_BIAS)
+            raw = load_dt(dt + h, token, 0, tokens, step, DT_STRIDE)
+            d, a, end = step_sizes(raw, bias, rate, step, here, Q, SOFTPLUS)
             kept = exp(end - a)
             x_tiles, y_tiles, adjoints = (), (), ()
             xy = tl.zeros([Q, Q], tl.float32)
@@ -207,8 +235,12 @@ def gradients_kernel(
                 store_rows(grad_x + (token * H + h) * P, by_x, step, here, H * P, channel, P)
             before = by_kept * d
             by_step = tl.cumsum(by_a, 0, reverse=True) + (tl.cumsum(before, 0) - before)
-            tl.store(grad_dt + (all_tokens + token + step) * H + h, by_d + by_kept + by_step * rate, mask=here)
             tl.store(grad_A + M * H + index, tl.sum(by_step * d, 0))
+            by_step = by_d + by_kept + by_step * rate
+            by_raw = through_softplus(by_step, dt + h, token, tokens, step, bias, DT_STRIDE, SOFTPLUS)
+            tl.store(grad_dt + (all_tokens + token + step) * H + h, by_raw, mask=here)
+            if HAS_BIAS:
+                tl.store(grad_bias + M * H + index, tl.sum(tl.where(here, by_raw, 0.0), 0))
         by_B = dot(by_BC.to(dtype), C_tile, by_B)
         store_rows(grad_B + ((split * all_tokens + token) * G + g) * N, by_B, step, here, G * N, row, N)
         by_C = dot(tl.trans(by_BC).to(dtype), B_tile)

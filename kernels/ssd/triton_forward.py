@@ -15,6 +15,7 @@ import triton.language as tl
 
 from riverrun.kernels.common.triton_chunks import sequence
 from riverrun.kernels.common.triton_math import dot, exp
+from riverrun.kernels.ssd.triton_steps import load_bias, load_dt, step_sizes
 
 
 @triton.jit
@@ -28,22 +29,6 @@ def load_rows(p, row, here, STRIDE: tl.constexpr, column, WIDTH: tl.constexpr):
 def store_rows(p, tile, row, here, STRIDE: tl.constexpr, column, WIDTH: tl.constexpr):
     mask = here[:, None] & (column < WIDTH)[None, :]
     tl.store(p + row[:, None] * STRIDE + column[None, :], tile.to(p.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _add_and_keep(sum_before, _, a, d):
-    return sum_before + a, d
-
-
-@triton.jit
-def load_steps(dt, rate, step, here, H: tl.constexpr, Q: tl.constexpr):
-    """Of a chunk of one head: dt, a and a_Q. Where there are no tokens dt = 0, and a stays as it is.
-
-    dt, too, comes out of the scan: the compiler loads again what it has loaded, for each arrangement of threads.
-    """
-    d = tl.load(dt + step * H, mask=here, other=0.0)
-    a, d = tl.associative_scan((d * rate, d), 0, _add_and_keep)
-    return d, a, tl.sum(tl.where(step == Q - 1, a, 0.0), 0)  # no other sum: it would round in another way
 
 
 @triton.jit
@@ -62,7 +47,8 @@ def store_state(p, tile, row, column, N: tl.constexpr, P: tl.constexpr):
 @triton.jit
 def forward_kernel(
     x,  # (B, T, H, P)
-    dt,  # (B, T, H) float32
+    dt,  # (B, T, H)
+    dt_bias,  # (H,) float32
     A,  # (H,) float32
     B,  # (B, T, G, N)
     C,  # (B, T, G, N)
@@ -78,14 +64,18 @@ def forward_kernel(
     P: tl.constexpr,
     N: tl.constexpr,
     X_STRIDE: tl.constexpr,  # from token to token
+    DT_STRIDE: tl.constexpr,
     B_STRIDE: tl.constexpr,
     C_STRIDE: tl.constexpr,
     Q: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
     HAS_D: tl.constexpr,
     BY_CHANNEL: tl.constexpr,  # D is (H, P)
     HAS_INITIAL: tl.constexpr,
+    KEEP_FINAL: tl.constexpr,
     PACKED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -95,7 +85,7 @@ def forward_kernel(
     g = h // (H // G)
     channel, row, step = block * BP + tl.arange(0, BP), tl.arange(0, BN), tl.arange(0, Q)
     begin, tokens, _ = sequence(cu_seqlens, first, s, T, Q, PACKED)
-    rate = tl.load(A + h)
+    rate, bias = tl.load(A + h), load_bias(dt_bias, h, HAS_BIAS)
     if HAS_D:
         if BY_CHANNEL:
             skip = tl.load(D + h * P + channel, mask=channel < P, other=0.0)
@@ -106,13 +96,15 @@ def forward_kernel(
     else:
         state = tl.zeros([BN, BP], tl.float32)
 
+    raw = load_dt(dt + h, begin, 0, tokens, step, DT_STRIDE)
     for at in tl.range(0, tokens, Q, num_stages=STAGES):
         token = begin + at
         here = step < tokens - at
         x_tile = load_rows(x + token * X_STRIDE + h * P, step, here, X_STRIDE, channel, P)
         B_tile = load_rows(B + token * B_STRIDE + g * N, step, here, B_STRIDE, row, N)
         C_tile = load_rows(C + token * C_STRIDE + g * N, step, here, C_STRIDE, row, N)
-        d, a, end = load_steps(dt + token * H + h, rate, step, here, H, Q)
+        d, a, end = step_sizes(raw, bias, rate, step, here, Q, SOFTPLUS)
+        raw = load_dt(dt + h, begin, at + Q, tokens, step, DT_STRIDE)
 
         kept = (x_tile.to(tl.float32) * (d * exp(end - a))[:, None]).to(dtype)
         scores = dot(C_tile, tl.trans(B_tile))
@@ -126,4 +118,5 @@ def forward_kernel(
             out += x_tile.to(tl.float32) * skip[None, :]
         store_rows(y + (token * H + h) * P, out, step, here, H * P, channel, P)
         state = dot(tl.trans(B_tile), kept, state * exp(end))
-    store_state(final + (s * H + h) * P * N, state, row, channel, N, P)
+    if KEEP_FINAL:
+        store_state(final + (s * H + h) * P * N, state, row, channel, N, P)

@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from riverrun.kernels.gated_rms_norm import gated_rms_norm
 from riverrun.kernels.ssd import ssd
@@ -10,6 +9,7 @@ from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, i
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import Mamba2Options
 from riverrun.modeling.mixers.base import Mixer, States, register
+from riverrun.modeling.projection import project
 
 
 @register("mamba2")
@@ -39,18 +39,19 @@ class Mamba2(Mixer):
     def forward(self, hidden: torch.Tensor, layout: Layout, states: States | None = None) -> torch.Tensor:
         o = self.options
         hidden = layout.flatten(hidden)
-        x = self.x_conv(self.x_proj(hidden), layout, states, "x_conv").unflatten(-1, (self.num_heads, o.head_dim))
-        B = self.B_conv(self.B_proj(hidden), layout, states, "B_conv").unflatten(-1, (o.num_groups, o.state_size))
-        C = self.C_conv(self.C_proj(hidden), layout, states, "C_conv").unflatten(-1, (o.num_groups, o.state_size))
-        dt = F.softplus(at_least_fp32(self.dt_proj(hidden)) + at_least_fp32(self.dt_bias))
+        z, x, B, C, dt = project(hidden, self.z_proj, self.x_proj, self.B_proj, self.C_proj, self.dt_proj)
+        x = self.x_conv(x, layout, states, "x_conv").unflatten(-1, (self.num_heads, o.head_dim))
+        B = self.B_conv(B, layout, states, "B_conv").unflatten(-1, (o.num_groups, o.state_size))
+        C = self.C_conv(C, layout, states, "C_conv").unflatten(-1, (o.num_groups, o.state_size))
         y, state = ssd(
             x, dt, -at_least_fp32(self.A_log).exp(), B, C, at_least_fp32(self.D),
+            dt_bias=at_least_fp32(self.dt_bias), dt_softplus=True,
             initial_state=None if states is None or layout.cu_seqlens is not None else states.get("ssd"),
             cu_seqlens=layout.cu_seqlens, chunk_size=o.chunk_size,
         )  # fmt: skip
         if states is not None:
             states["ssd"] = layout.last(state)
-        y = gated_rms_norm(y.flatten(2), self.z_proj(hidden), self.norm_weight, eps=o.norm_eps, groups=o.num_groups)
+        y = gated_rms_norm(y.flatten(2), z, self.norm_weight, eps=o.norm_eps, groups=o.num_groups)
         return layout.unflatten(self.o_proj(y))
 
     def reset_parameters(self) -> None:

@@ -28,6 +28,9 @@ def compile_for_ampere(launches: Path) -> list[dict]:
     return _compile_apart(launches, "80")
 
 
+CARDS = {"sm_90": (compile_for_hopper, SHARED_LIMIT), "sm_80": (compile_for_ampere, SHARED_LIMIT_OF_AMPERE)}
+
+
 def _compile_apart(launches: Path, capability: str) -> list[dict]:
     """One dict a compiled kernel: launch, kernel, num_warps, registers, stack (bytes: spills), shared (bytes), ptx."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

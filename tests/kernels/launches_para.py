@@ -2,7 +2,7 @@
 
 import torch
 
-from riverrun.kernels.common.triton_shooting import solve, solve_backward
+from riverrun.kernels.common.triton_shooting import Launch, solve, solve_backward
 from riverrun.kernels.para_gru.triton_cell import GRU_CELL
 from riverrun.kernels.para_lstm.triton_cell import LSTM_CELL
 
@@ -16,8 +16,9 @@ def run(op, B, T, D, packed, initial):
     weight, bias = torch.zeros(cell.num_weights, D), torch.zeros(3, D)
     cu_seqlens = torch.tensor([0, T], dtype=torch.int32) if packed else None
     state = torch.zeros(1 if packed else B, K, D) if initial else None
-    h, _, check = solve(op, cell, gates, weight, bias, state, cu_seqlens, None, 1e-5, 8, True)
-    solve_backward(cell, h, None, gates, weight, bias, state, cu_seqlens, check, None, 1e-5)
+    launch = Launch.for_gates(gates, None)
+    h, _, check = solve(op, cell, gates, weight, bias, state, cu_seqlens, launch, 1e-5, 8, True)
+    solve_backward(cell, h, None, gates, weight, bias, state, cu_seqlens, check, launch, 1e-5)
 
 
 def launch_gru():

@@ -1,5 +1,5 @@
 """causal_conv1d against F.conv1d of each sequence by itself, in float64; the Triton kernels, run by Triton's
-interpreter, in float32 and narrower types, and compiled for Hopper."""
+interpreter, in float32 and narrower types, and compiled for Hopper and Ampere."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiling import SHARED_LIMIT, compile_for_hopper
+from compiling import CARDS
 from torch.nn import functional as F
 
 from riverrun.kernels.causal_conv1d import causal_conv1d
@@ -241,6 +241,33 @@ def test_triton_many_documents_of_one_token():
     assert_triton_equals(*run_triton(make_inputs(1, 37, num_states=37), lengths, "silu"))
 
 
+def test_triton_one_document_is_a_row():
+    """To the bit: the kernels step through documents as through rows."""
+    inputs = make_inputs(1, 61)
+    torch.testing.assert_close(run_triton(inputs, [61], "silu")[0], run_triton(inputs, None, "silu")[0], rtol=0, atol=0)
+
+
+def test_triton_long_lanes(monkeypatch):
+    """Most groups lie inside a document; bounds lie in every place of a group, and of what a lane reads of the next."""
+    from riverrun.kernels.causal_conv1d import triton_op
+
+    monkeypatch.setattr(triton_op, "SHORTEST", 64)
+    lengths = [30, 1, 22, 5, 41, 2, 2, 33, 4, 20]
+    inputs = make_inputs(1, sum(lengths), num_states=len(lengths))
+    assert_triton_equals(*run_triton(inputs, lengths, "silu"))
+
+
+def test_document_positions():
+    from riverrun.kernels.common.triton_documents import document_positions
+
+    lengths = [1, 130, 2, 1, 1, 300]
+    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    before = torch.cat([torch.arange(n) for n in lengths])
+    left = torch.cat([torch.arange(n, 0, -1) for n in lengths])
+    got = document_positions(bounds_of(lengths).to(DEVICE), sum(lengths))
+    assert got.tolist() == torch.stack([document, before, left]).tolist()
+
+
 # Triton's interpreter cuts off the digits beyond bfloat16, a GPU rounds
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 6e-3), (torch.float16, 5e-4)])
 def test_triton_narrow_types_round_once(dtype, tolerance):
@@ -309,14 +336,21 @@ def test_triton_bad_options():
         causal_conv1d(x, torch.zeros(D, 9, device=DEVICE), backend="triton")
 
 
-def test_compiles_for_hopper():
+@pytest.mark.parametrize("card", CARDS)
+def test_compiles_for(card):
     """The kernels of gated_rms_norm and linear_cross_entropy as well."""
-    kernels = compile_for_hopper(Path(__file__).with_name("launches_layer.py"))
-    names = {"forward_kernel", "backward_kernel", "initial_gradient_kernel", "log_z_kernel", "gradient_kernel"}
+    compile_kernels, shared_limit = CARDS[card]
+    kernels = compile_kernels(Path(__file__).with_name("launches_layer.py"))
+    names = {"forward_kernel", "backward_kernel", "initial_gradient_kernel", "_positions_kernel"}
+    names |= {"log_z_kernel", "gradient_kernel"}
     assert {k["kernel"] for k in kernels} == names
     for kernel in kernels:
-        assert kernel["shared"] <= SHARED_LIMIT
+        assert kernel["shared"] <= shared_limit, kernel
         widest = kernel["launch"] == "launch_norm_of_the_most_channels"
         assert kernel["stack"] <= (1024 if widest else 0), f"spills: {kernel}"
+        # as many programs a multiprocessor for documents as for rows
+        if "convolution" in kernel["launch"] and kernel["kernel"] == "backward_kernel":
+            one_step, eight_taps = (part in kernel["launch"] for part in ("one_step", "eight_taps"))
+            assert one_step or kernel["registers"] <= (255 if eight_taps else 128), kernel
         # none at every step, but where the channels are too few to be loaded as vectors
         assert kernel["converts"] <= 5, kernel

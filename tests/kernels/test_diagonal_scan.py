@@ -1,11 +1,11 @@
 """diagonal_scan: the step loop against the sum written out, the chunked form against the step loop in float64; the
-Triton kernels, run by Triton's interpreter, against the step loop in float64, and compiled for Hopper."""
+Triton kernels, run by Triton's interpreter, against the step loop in float64, and compiled for GPUs."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from compiling import SHARED_LIMIT, compile_for_hopper
+from compiling import CARDS
 
 from riverrun.kernels.diagonal_scan import chunked, diagonal_scan, triton_op
 
@@ -302,11 +302,14 @@ def test_bad_options():
             diagonal_scan(wide, a.to(wide.dtype), backend="triton")
 
 
-def test_compiles_for_hopper():
-    kernels = compile_for_hopper(Path(__file__).with_name("launches_diagonal_scan.py"))
+@pytest.mark.parametrize("card", CARDS)
+def test_compiles_for(card):
+    compile_kernels, shared_limit = CARDS[card]
+    kernels = compile_kernels(Path(__file__).with_name("launches_diagonal_scan.py"))
     assert {k["kernel"] for k in kernels} == {"forward_kernel", "backward_kernel", "_starts_kernel"}
     for kernel in kernels:
-        assert kernel["shared"] <= SHARED_LIMIT
+        assert kernel["shared"] <= shared_limit, kernel
         assert kernel["stack"] == 0, f"spills: {kernel}"
+        assert kernel["registers"] <= (160 if kernel["kernel"] == "forward_kernel" else 192), kernel
         # none at every block
         assert kernel["converts"] <= 2, kernel

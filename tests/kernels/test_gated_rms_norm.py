@@ -1,5 +1,5 @@
 """gated_rms_norm against its formula written out, in float64; the Triton kernels, run by Triton's interpreter, in
-float32 and narrower types (`test_causal_conv1d.py` compiles them for Hopper)."""
+float32 and narrower types (`test_causal_conv1d.py` compiles them for GPUs)."""
 
 import pytest
 import torch
@@ -103,7 +103,7 @@ def test_triton_equals_formula(shape, gated, groups, norm_before_gate):
 def test_triton_programs_go_through_many_rows(groups, norm_before_gate, monkeypatch):
     from riverrun.kernels.gated_rms_norm import triton_norm
 
-    monkeypatch.setattr(triton_norm, "_multiprocessors", lambda x: 1)
+    monkeypatch.setattr(triton_norm, "multiprocessors", lambda x: 1)
     monkeypatch.setattr(triton_norm, "ELEMENTS", 32)
     assert_triton_equals(*run_triton((100, 12), groups=groups, norm_before_gate=norm_before_gate))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiling import SHARED_LIMIT, compile_for_hopper
+from compiling import CARDS
 
 from riverrun.kernels.head_rnn import head_rnn
 from riverrun.kernels.head_rnn.cells import CELLS
@@ -188,9 +188,13 @@ def test_wrong_arguments_are_named():
             head_rnn(*arguments, **options)
 
 
-def test_compiles_for_hopper():
-    kernels = compile_for_hopper(Path(__file__).with_name("launches_head_rnn.py"))
+@pytest.mark.parametrize("card", CARDS)
+def test_compiles_for(card):
+    compile_kernels, shared_limit = CARDS[card]
+    kernels = compile_kernels(Path(__file__).with_name("launches_head_rnn.py"))
     assert {k["kernel"] for k in kernels} == {"forward_kernel", "backward_kernel"}
     for kernel in kernels:
-        assert kernel["shared"] <= SHARED_LIMIT
-        assert kernel["stack"] <= 128, f"spills: {kernel}"
+        assert kernel["shared"] <= shared_limit, kernel
+        assert kernel["stack"] == 0, f"spills: {kernel}"
+        # two programs a multiprocessor, where the heads are narrow enough
+        assert kernel["num_warps"] > 4 or kernel["shared"] <= shared_limit // 2, kernel

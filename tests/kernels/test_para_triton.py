@@ -1,11 +1,11 @@
 """The Triton kernels of para_gru and para_lstm, run by Triton's interpreter, against the step loop in float64; and
-compiled for Hopper."""
+compiled for GPUs."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from compiling import SHARED_LIMIT, compile_for_hopper
+from compiling import CARDS
 
 from riverrun.kernels.common.shooting import take_statistics
 from riverrun.kernels.para_gru import para_gru
@@ -154,11 +154,14 @@ def test_double_precision_is_for_torch():
         para_gru(gates, weight, bias=torch.zeros(D))
 
 
-def test_compiles_for_hopper():
-    kernels = compile_for_hopper(Path(__file__).with_name("launches_para.py"))
+@pytest.mark.parametrize("card", CARDS)
+def test_compiles_for(card):
+    compile_kernels, shared_limit = CARDS[card]
+    kernels = compile_kernels(Path(__file__).with_name("launches_para.py"))
     assert {k["kernel"] for k in kernels} == {"forward_kernel", "backward_kernel", "_starts_kernel"}
     for kernel in kernels:
-        assert kernel["shared"] <= SHARED_LIMIT
-        assert kernel["stack"] <= 512, f"spills: {kernel}"
+        assert kernel["shared"] <= shared_limit, kernel
+        assert kernel["stack"] <= 16, f"spills: {kernel}"
+        assert kernel["kernel"] == "backward_kernel" or kernel["registers"] <= 184, kernel
         # a layout that does not suit the loads is converted at every step, through shared memory
         assert kernel["converts"] <= 8, kernel

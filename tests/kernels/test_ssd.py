@@ -126,6 +126,25 @@ def test_handing_over_the_state_equals_one_call(cut):
     torch.testing.assert_close(h, state, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("softplus", [False, True])
+def test_bias_and_softplus_of_the_step_sizes(softplus, dtype):
+    """In the precision of the op, from dt in its own type; the gradients go to dt and the bias."""
+    x, dt, A, B, C, D, h0 = make_inputs(2, 9)
+    raw, bias = dt.detach().to(dtype).requires_grad_(), torch.rand(H, dtype=torch.float64, requires_grad=True)
+    for backend in ("reference", "chunked"):
+        options = {"initial_state": h0, "backend": backend}
+        made = raw.double() + bias
+        made = torch.nn.functional.softplus(made) if softplus else made
+        got, _ = ssd(x, raw, A, B, C, D, dt_bias=bias, dt_softplus=softplus, **options)
+        want, _ = ssd(x, made, A, B, C, D, **options)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        grads = [torch.autograd.grad(y.square().sum(), (raw, bias)) for y in (got, want)]
+        assert grads[0][0].dtype == dtype
+        for g, e in zip(*grads):
+            torch.testing.assert_close(g, e, rtol=0, atol=0)
+
+
 def test_no_initial_state_is_zeros():
     inputs = make_inputs(2, 9)
     zeros = [*inputs[:-1], torch.zeros_like(inputs[-1])]
@@ -164,6 +183,7 @@ def test_compiles_without_graph_breaks():
         ("B", (2, 5, 1, N)),
         ("C", (2, 6, 1, N + 1)),
         ("D", (P,)),
+        ("dt_bias", (1,)),
         ("initial_state", (1, H, P, N)),
     ],
 )
