@@ -62,7 +62,8 @@ class Walks:
         between_kernel[((len(first) - 1) * H, triton.cdiv(V, BV))](
             maps[..., V:], offset, states if outer is None else outer, states, first,
             H=H, K=K, V=V, TRANSITION_STRIDE=maps.stride(2), OFFSET_STRIDE=offset.stride(2), BK=BK,
-            NK=triton.cdiv(K, BK), BV=BV, HAS_OUTER=outer is not None, BACKWARD=backward, num_warps=WARPS["between"],
+            NK=triton.cdiv(K, BK), BV=BV, HAS_OUTER=outer is not None, BACKWARD=backward,
+            num_warps=WARPS["between"], num_stages=1,
         )  # fmt: skip
         return states
 
