@@ -1,12 +1,18 @@
 """Shared by all tests: one thread a process, so that ranks and helpers do not fight for cores."""
 
 import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # tests are modules of `tests`, for the ranks that import them
+from tests.ranks import Group
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -17,3 +23,18 @@ if not torch.cuda.is_available():
 def seeded():
     """The same random numbers in every test, whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Group]]:
+    """`ranks(n)`: n gloo ranks, the same ones in every test."""
+    groups: dict[int, Group] = {}
+
+    def of(world: int) -> Group:
+        if world not in groups or not all(p.is_alive() for p in groups[world].processes):
+            groups[world] = Group(world)
+        return groups[world]
+
+    yield of
+    for group in groups.values():
+        group.stop()

@@ -1,0 +1,159 @@
+"""Collectives that autograd differentiates.
+
+The whole's loss is the sum of the losses of all ranks. So every collective's backward pass is its adjoint: that of a
+gathering is a scattering sum, that of a sum is a sum. All ranks of an axis must call the same collectives in the same
+order, in the backward pass as well: a rank that has no use for a result still has to let the gradient flow through it.
+"""
+
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from riverrun.modeling.parallel.mesh import Axis
+
+
+@torch.compiler.disable
+def all_gather(x: torch.Tensor, axis: Axis, dim: int = 0) -> torch.Tensor:
+    """The ranks' tensors of equal shape side by side along `dim`; backward: the sum of the gradients of each part."""
+    return x if axis.size == 1 else _AllGather.apply(x, axis, dim)
+
+
+@torch.compiler.disable
+def reduce_scatter(x: torch.Tensor, axis: Axis, dim: int = 0) -> torch.Tensor:
+    """The sum over the ranks, of which this rank gets its part along `dim`; backward: all parts' gradients gathered."""
+    return x if axis.size == 1 else _ReduceScatter.apply(x, axis, dim)
+
+
+@torch.compiler.disable
+def all_reduce(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """The sum over the ranks; backward: the sum of their gradients."""
+    return x if axis.size == 1 else _AllReduce.apply(x, axis)
+
+
+@torch.compiler.disable
+def all_to_all(x: torch.Tensor, axis: Axis, split: int, join: int) -> torch.Tensor:
+    """Part r of `x` along dimension `split` goes to rank r; the parts received lie side by side along `join`."""
+    return x if axis.size == 1 else _AllToAll.apply(x, axis, split, join)
+
+
+@torch.compiler.disable
+def shift(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """The tensor of the rank before; zeros on the first. Backward: the gradient goes to the rank before."""
+    return torch.zeros_like(x) if axis.size == 1 else _Shift.apply(x, axis)
+
+
+def depend(x: torch.Tensor, collected: torch.Tensor) -> torch.Tensor:
+    """`x`, through which a gradient of zeros also reaches `collected`, so that its collective's backward pass runs."""
+    return _Depend.apply(x, collected)
+
+
+def gather_parts(x: torch.Tensor, axis: Axis, dim: int = 0) -> torch.Tensor:
+    """`all_gather` without a gradient."""
+    parts = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(parts, x.contiguous(), group=axis.group)
+    return parts if dim == 0 else torch.cat(parts.chunk(axis.size), dim)
+
+
+def scatter_sum(x: torch.Tensor, axis: Axis, dim: int = 0) -> torch.Tensor:
+    """`reduce_scatter` without a gradient."""
+    parts = x.contiguous() if dim == 0 else torch.cat(x.chunk(axis.size, dim))
+    out = parts.new_empty(parts.shape[0] // axis.size, *parts.shape[1:])
+    dist.reduce_scatter_tensor(out, parts, group=axis.group)
+    return out
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return gather_parts(x, axis, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return scatter_sum(grad, ctx.axis, ctx.dim), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:
+        assert x.shape[dim] % axis.size == 0, f"{x.shape[dim]} does not divide into {axis.size}"
+        ctx.axis, ctx.dim = axis, dim
+        return scatter_sum(x, axis, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return gather_parts(grad, ctx.axis, ctx.dim), None, None
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
+        ctx.axis = axis
+        return _sum(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _sum(grad, ctx.axis), None
+
+
+def _sum(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, group=axis.group)
+    return x
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis, split: int, join: int) -> torch.Tensor:
+        assert x.shape[split] % axis.size == 0, f"{x.shape[split]} does not divide into {axis.size}"
+        ctx.axis, ctx.split, ctx.join = axis, split, join
+        return _exchange(x, axis, split, join)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _exchange(grad, ctx.axis, ctx.join, ctx.split), None, None, None
+
+
+def _exchange(x: torch.Tensor, axis: Axis, split: int, join: int) -> torch.Tensor:
+    parts = torch.stack(x.chunk(axis.size, split))
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts, group=axis.group)
+    return torch.cat(list(received), join)
+
+
+class _Shift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
+        ctx.axis = axis
+        return _pass_on(x, axis, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _pass_on(grad, ctx.axis, -1), None
+
+
+def _pass_on(x: torch.Tensor, axis: Axis, step: int) -> torch.Tensor:
+    """To the rank `step` further on, from the one `step` before; zeros where there is none."""
+    x, received = x.contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format)
+    to, source = axis.rank + step, axis.rank - step
+    transfers = []
+    assert axis.group is not None
+    if 0 <= to < axis.size:
+        transfers.append(dist.P2POp(dist.isend, x, dist.get_global_rank(axis.group, to), axis.group))
+    if 0 <= source < axis.size:
+        transfers.append(dist.P2POp(dist.irecv, received, dist.get_global_rank(axis.group, source), axis.group))
+    for request in dist.batch_isend_irecv(transfers):
+        request.wait()
+    return received
+
+
+class _Depend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, collected: torch.Tensor) -> torch.Tensor:
+        ctx.like = collected.new_empty(()).expand(collected.shape)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return grad, torch.zeros_like(ctx.like)

@@ -1,0 +1,154 @@
+"""Context parallelism: every row of a batch cut into contiguous shards, one a rank, and what joins them.
+
+Documents may begin anywhere and go over any number of shards. Every rank knows the documents of the whole rows, so that
+all agree on what is exchanged without asking each other.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from riverrun.modeling.parallel.collectives import all_gather, depend
+from riverrun.modeling.parallel.mesh import Axis
+
+
+@dataclass(frozen=True)
+class Context:
+    """How this rank's shard of B rows hangs together with the other ranks'.
+
+    The shard is seen as the ops see a packed batch: (1, B·T, …) tokens with `cu_seqlens`, T tokens of each row; or, if
+    no document begins within any of its rows, as (B, T, …) with `cu_seqlens` None. Its sequences are its pieces of
+    documents. A row's first piece may go on with a document of the shard before, its last piece be gone on with.
+
+    Attributes:
+        axis: the ranks that share the rows.
+        shape: (B, T) of this rank's shard.
+        cu_seqlens: (S + 1,) int32 bounds of its S pieces of documents, on the device, or None.
+        first, last: (B,) int64, which of the S pieces is the first and which the last of each row.
+        joins: joins[r][b]: the first token of shard r of row b belongs to the document that shard r − 1 ends with.
+        passes: passes[r][b]: shard r of row b joins, and nothing but that document is in it.
+        row_seqlens: (D + 1,) int32 bounds of the documents of the B whole rows, T · size tokens each, on the device.
+        tail_tokens: (N,) int64 the places, among the B·T tokens, of every row's last piece; None: of all tokens.
+        tail_seqlens: (B + 1,) int32 bounds of those pieces among the N tokens; None if `tail_tokens` is.
+    """
+
+    axis: Axis
+    shape: tuple[int, int]
+    cu_seqlens: torch.Tensor | None
+    first: torch.Tensor
+    last: torch.Tensor
+    joins: tuple[tuple[bool, ...], ...]
+    passes: tuple[tuple[bool, ...], ...]
+    row_seqlens: torch.Tensor
+    tail_tokens: torch.Tensor | None
+    tail_seqlens: torch.Tensor | None
+
+    @classmethod
+    def of_rows(
+        cls, axis: Axis, rows: int, length: int, cu_seqlens: Sequence[int], device: torch.device | str
+    ) -> "Context":
+        """This rank's part of `rows` rows of `length` tokens.
+
+        Args:
+            cu_seqlens: on the host: the bounds of the documents over the rows × length tokens; row starts are bounds.
+
+        Raises:
+            ValueError: the length does not divide among the ranks.
+        """
+        if length % axis.size:
+            raise ValueError(
+                f"rows of {length} tokens do not divide into parallel.cp={axis.size} shards: "
+                f"set data.seq_len to a multiple of {axis.size}"
+            )
+        T = length // axis.size
+        starts = set(cu_seqlens)
+        assert all(b * length in starts for b in range(rows + 1)), "row starts must be bounds"
+
+        def begins(b: int, r: int) -> int:
+            return b * length + r * T
+
+        within = [[False] * rows for _ in range(axis.size)]  # a document begins after the shard's first token
+        for start in cu_seqlens[:-1]:
+            b, place = divmod(start, length)
+            within[place // T][b] |= place % T != 0
+        joins = [[begins(b, r) not in starts for b in range(rows)] for r in range(axis.size)]
+        passes = [[j and not w for j, w in zip(*row)] for row in zip(joins, within)]
+
+        bounds, first, last = [], [], []
+        for b in range(rows):
+            begin = begins(b, axis.rank)
+            inner = [s - begin + b * T for s in cu_seqlens if begin < s < begin + T]
+            first.append(len(bounds))
+            bounds += [b * T, *inner]
+            last.append(len(bounds) - 1)
+        bounds.append(rows * T)
+
+        def ints(values: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+        whole = len(bounds) == rows + 1
+        tail_tokens = tail_seqlens = None
+        if not whole:
+            pieces = [range(bounds[i], bounds[i + 1]) for i in last]
+            tail_tokens = ints([token for piece in pieces for token in piece])
+            sizes = torch.tensor([0, *map(len, pieces)]).cumsum(0)
+            tail_seqlens = ints(sizes.tolist(), torch.int32)
+        return cls(
+            axis,
+            (rows, T),
+            None if whole else ints(bounds, torch.int32),
+            ints(first),
+            ints(last),
+            tuple(map(tuple, joins)),
+            tuple(map(tuple, passes)),
+            ints(cu_seqlens, torch.int32),
+            tail_tokens,
+            tail_seqlens,
+        )
+
+    @property
+    def connected(self) -> bool:
+        """Whether any document crosses from a shard to the next, of any rank: if not, nothing need be exchanged."""
+        return any(any(row) for row in self.joins)
+
+    def tail(self, x: torch.Tensor) -> torch.Tensor:
+        """What the end of the shard depends on: x (B, T, …) as it is if the rows are whole, else of (1, B·T, …) the
+        tokens of each row's last piece, (1, N, …) with bounds `tail_seqlens`."""
+        return x if self.tail_tokens is None else x.index_select(1, self.tail_tokens)
+
+    def initial(self, incoming: torch.Tensor) -> torch.Tensor:
+        """The rows' incoming states (B, …) → the initial states of all pieces (S, …), zeros where a document begins."""
+        if self.cu_seqlens is None:
+            return incoming
+        states = incoming.new_zeros(len(self.cu_seqlens) - 1, *incoming.shape[1:])
+        return states.index_copy(0, self.first, incoming)
+
+    def mask(self, flags: Sequence[bool], like: torch.Tensor) -> torch.Tensor:
+        """(B,) flags that broadcast against `like` (B, …)."""
+        return torch.tensor(flags, device=like.device).view(-1, *(1,) * (like.dim() - 1))
+
+    def incoming(
+        self,
+        added: torch.Tensor,
+        transfer: torch.Tensor,
+        apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.mul,
+    ) -> torch.Tensor:
+        """The states (B, …) that enter this shard, of an affine recurrence; one gathering each way.
+
+        Args:
+            added: (B, …) the states at the ends of the rows' last pieces when each begins with zeros, in float32.
+            transfer: (B, …) how such a state depends on the one before the piece: state = apply(transfer, before) +
+                added. It counts only where the piece is the whole shard.
+        """
+        numbers = added[0].numel()
+        both = torch.cat([added.flatten(1), transfer.flatten(1).to(added.dtype)], dim=1)
+        gathered = all_gather(both[None], self.axis)  # (size, B, numbers of both)
+        parts = gathered[..., :numbers].unflatten(-1, added.shape[1:])
+        transfers = gathered[..., numbers:].unflatten(-1, transfer.shape[1:])
+        state = torch.zeros_like(added)
+        for r in range(self.axis.rank):
+            passed = apply(transfers[r], state)
+            state = parts[r] + torch.where(self.mask(self.passes[r], passed), passed, 0)
+        state = torch.where(self.mask(self.joins[self.axis.rank], state), state, 0)
+        return depend(state, gathered)  # on the first rank too: the gathering's backward pass is a collective

@@ -1,0 +1,79 @@
+"""Groups of gloo ranks that stay alive for a whole test session, so that a distributed test costs no start-up."""
+
+import io
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import distributed as dist
+
+PRELOAD = ["torch.distributed.device_mesh", "riverrun.modeling.model"]  # imported once, in the server that forks ranks
+
+
+class Group:
+    """`world` processes of one process group, each of which runs what it is told to and sends back the result."""
+
+    def __init__(self, world: int):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.pipes, self.processes = [], []
+        # for the server, to which Python 3.11 does not hand on the path
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+            for rank in range(world):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs, rank, world, port), daemon=True)
+                process.start()
+                self.pipes.append(ours)
+                self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`function(*args)` on every rank alike; its results, by rank. It must be importable by its module's name.
+
+        Raises:
+            AssertionError: a rank raised something; its traceback is the message.
+        """
+        payload = pickle.dumps((function.__module__, function.__qualname__, args))
+        for pipe in self.pipes:
+            pipe.send_bytes(payload)
+        results = [torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False) for pipe in self.pipes]
+        failures = [f"rank {rank}:\n{error}" for rank, (_, error) in enumerate(results) if error]
+        assert not failures, "\n".join(failures)
+        return [value for value, _ in results]
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+
+def _serve(pipe, rank: int, world: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # when one rank fails, the others wait that long for it before they fail too
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=120))
+    while True:
+        try:
+            module, name, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        torch.manual_seed(0)
+        try:
+            function = __import__(module, fromlist=[name])
+            for part in name.split("."):
+                function = getattr(function, part)
+            result = function(*args), None
+        except BaseException:
+            result = None, traceback.format_exc()
+        answer = io.BytesIO()
+        torch.save(result, answer)
+        pipe.send_bytes(answer.getvalue())
