@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from riverrun.modeling.parallel.context import Context
+
 
 @dataclass
 class Layout:
@@ -20,6 +22,8 @@ class Layout:
         rope: cosine and sine (B, 1, T, head_dim), for attention layers with rotary positions.
         mask: (B, 1, T, P + T) bool, True where a query may look, for attention over P cached and T new tokens;
             None: plain causal attention (or, for one new token, attention to everything).
+        context: where this is a shard of longer rows, what joins it to the other ranks'; `cu_seqlens` and `sequence`
+            are then of its pieces of documents, and `positions` count from their documents' starts.
     """
 
     shape: tuple[int, int]
@@ -28,6 +32,7 @@ class Layout:
     positions: torch.Tensor
     rope: tuple[torch.Tensor, torch.Tensor] | None = None
     mask: torch.Tensor | None = None
+    context: Context | None = None
 
     def flatten(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, …) → (1, B·T, …) if the batch is packed."""
@@ -53,6 +58,19 @@ class Layout:
         sequence = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
         positions = tokens - cu_seqlens.long()[sequence]
         return cls(shape, cu_seqlens, sequence.view(shape), positions.view(shape))
+
+    @classmethod
+    def of_shard(cls, context: Context) -> "Layout":
+        """This rank's shard of rows that lie on several ranks."""
+        (B, T), axis = context.shape, context.axis
+        device = context.row_seqlens.device
+        rows = cls.of_documents((B, T * axis.size), context.row_seqlens)
+        positions = rows.positions[:, axis.share(T * axis.size)]
+        if context.cu_seqlens is None:
+            return cls((B, T), None, None, positions, context=context)
+        tokens = torch.arange(B * T, device=device)
+        sequence = (torch.searchsorted(context.cu_seqlens, tokens, right=True) - 1).view(B, T)
+        return cls((B, T), context.cu_seqlens, sequence, positions, context=context)
 
     @classmethod
     def of_left_padded(cls, attention_mask: torch.Tensor) -> "Layout":

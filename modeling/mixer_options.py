@@ -26,6 +26,14 @@ class AttentionOptions:
         num_heads = self.num_heads or max(1, hidden_size // self.head_dim)
         return replace(self, num_heads=num_heads, num_kv_heads=self.num_kv_heads or num_heads)
 
+    def tp_problems(self, hidden_size: int, tp: int) -> list[str]:
+        found = _not_shared("attention.num_heads", self.num_heads, tp)
+        if not found and self.num_kv_heads % tp and tp % self.num_kv_heads:
+            found.append(
+                f"attention.num_kv_heads={self.num_kv_heads} must be a multiple of parallel.tp={tp}, or a divisor of it"
+            )
+        return found
+
     def problems(self, hidden_size: int) -> list[str]:
         found = []
         if self.head_dim < 2 or self.head_dim % 2:
@@ -79,6 +87,15 @@ class Mamba2Options(_DecayOptions):
     def resolve(self, hidden_size: int) -> "Mamba2Options":
         return self
 
+    def tp_problems(self, hidden_size: int, tp: int) -> list[str]:
+        heads = self.expand * hidden_size // self.head_dim
+        found = _not_shared("mamba2's heads, expand × hidden_size / head_dim", heads, tp)
+        if self.num_groups % tp and tp % self.num_groups:
+            found.append(
+                f"mamba2.num_groups={self.num_groups} must be a multiple of parallel.tp={tp}, or a divisor of it"
+            )
+        return found
+
     def problems(self, hidden_size: int) -> list[str]:
         found = _positive("mamba2", self, "expand", "head_dim", "state_size", "num_groups", "conv_kernel", "chunk_size")
         if found:
@@ -121,6 +138,9 @@ class GatedDeltaOptions(_DecayOptions):
     def resolve(self, hidden_size: int) -> "GatedDeltaOptions":
         return replace(self, num_heads=self.num_heads or max(1, 3 * hidden_size // (4 * self.head_dim)))
 
+    def tp_problems(self, hidden_size: int, tp: int) -> list[str]:
+        return _not_shared("gated_delta.num_heads", self.num_heads, tp)
+
     def problems(self, hidden_size: int) -> list[str]:
         found = _positive("gated_delta", self, "num_heads", "head_dim", "num_householder", "conv_kernel", "chunk_size")
         if self.value_dim < 1 or self.value_dim != self.head_dim * self.expand_v:
@@ -152,6 +172,9 @@ class _ParaOptions:
 
     def resolve(self, hidden_size: int):
         return self
+
+    def tp_problems(self, hidden_size: int, tp: int) -> list[str]:
+        return _not_shared(f"{self.name}.num_heads", self.num_heads, tp)
 
     def problems(self, hidden_size: int) -> list[str]:
         found = _positive(self.name, self, "num_heads", "conv_kernel", "max_recurrent_weight", "tolerance", "expand")
@@ -200,6 +223,10 @@ class HeadRNNOptions:
 
     def resolve(self, hidden_size: int):
         return self
+
+    def tp_problems(self, hidden_size: int, tp: int) -> list[str]:
+        heads = self.inner_size(hidden_size) // self.head_dim
+        return _not_shared(f"{self.name}'s heads, expand × hidden_size / head_dim", heads, tp)
 
     def problems(self, hidden_size: int) -> list[str]:
         found = _positive(self.name, self, "expand", "head_dim")
@@ -294,6 +321,10 @@ OPTIONS: dict[str, type] = {
 
 def _positive(mixer: str, options: object, *names: str) -> list[str]:
     return [f"{mixer}.{n}={getattr(options, n)} must be positive" for n in names if getattr(options, n) <= 0]
+
+
+def _not_shared(what: str, number: int, tp: int) -> list[str]:
+    return [f"{what} = {number} must be a multiple of parallel.tp={tp}"] if number % tp else []
 
 
 def _divisor_near(n: int, wanted: int) -> int:

@@ -15,6 +15,9 @@ from riverrun.modeling.cache import RiverrunCache
 from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.layers import RMSNorm
 from riverrun.modeling.layout import Layout, rotary_tables
+from riverrun.modeling.parallel.context import Context
+from riverrun.modeling.parallel.loss import sharded_cross_entropy, sharded_embedding
+from riverrun.modeling.parallel.mesh import ALONE, Axis
 
 
 @dataclass
@@ -31,6 +34,8 @@ class CausalLMOutput(CausalLMOutputWithPast):
 class RiverrunModel(nn.Module):
     """Token embedding, the blocks and the final norm."""
 
+    tp: Axis = ALONE
+
     def __init__(self, config: RiverrunConfig):
         super().__init__()
         self.options = config.options
@@ -40,8 +45,14 @@ class RiverrunModel(nn.Module):
         self.recompute = False
 
     def forward(self, input_ids: torch.Tensor, layout: Layout, cache: RiverrunCache | None = None) -> torch.Tensor:
-        """input_ids (B, T) → hidden states (B, T, hidden_size) after the final norm; `cache` is updated in place."""
-        x = self.embed_tokens(input_ids)
+        """input_ids (B, T) → hidden states (B, T, hidden_size) after the final norm; `cache` is updated in place.
+
+        Under tensor parallelism they are (B·T / tp.size, hidden_size), of this rank's part of the tokens.
+        """
+        if self.tp.size == 1:
+            x = self.embed_tokens(input_ids)
+        else:
+            x = sharded_embedding(input_ids, self.embed_tokens.weight, self.tp)
         self._prepare_attention(layout, cache, x.dtype)
         for i, block in enumerate(self.layers):
             if cache is not None:
@@ -63,7 +74,8 @@ class RiverrunModel(nn.Module):
         if options.window is not None:
             past = min(past, options.window - 1)
         valid = cache.valid[:, cache.valid.shape[1] - past :] if cache is not None and cache.valid is not None else None
-        layout.mask = layout.attention_mask(options.window, valid, past)
+        if layout.context is None:
+            layout.mask = layout.attention_mask(options.window, valid, past)
         if options.rope:
             layout.rope = rotary_tables(layout.positions, options.head_dim, options.rope_theta, dtype)
 
@@ -98,6 +110,7 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
         targets: torch.Tensor | None = None,
         num_targets: torch.Tensor | int | None = None,
         z_loss: float = 0.0,
+        context: Context | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> CausalLMOutput | tuple:
@@ -115,20 +128,35 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
                 loop's way: no logits are returned.
             num_targets: what the summed loss is divided by; default: the number of targets here.
             z_loss: weight of the squared log-partition, added to `loss`.
+            context: the rows lie on several context-parallel ranks, and the tokens and targets given are this rank's
+                shard of them. In training and evaluation only; it takes the place of `cu_seqlens`.
+
+        Where several ranks share weights or rows, the loss is this rank's part: that of all is the sum over the ranks.
 
         Returns:
             `loss` and `cross_entropy` if there are targets; `logits` (B, T or logits_to_keep, vocab_size) unless
             `targets` was given; `past_key_values` if a cache is used.
 
         Raises:
-            ValueError: labels and targets together; a packed batch with a filled cache; padding on the right.
+            ValueError: labels and targets together; a packed batch with a filled cache; padding on the right; logits or
+                a cache of a model that several ranks share.
         """
         if labels is not None and targets is not None:
             raise ValueError("give either labels (shifted here) or targets (already shifted), not both")
+        tp = self.model.tp
+        if (tp.size > 1 or context is not None) and (targets is None or past_key_values is not None or use_cache):
+            raise ValueError(
+                "a model that several ranks share (parallel.tp or parallel.cp above 1) computes only the loss of "
+                "`targets`: export it to generate or to get logits"
+            )
         cache = past_key_values
         if cache is None and use_cache:
             cache = RiverrunCache(self.config.num_hidden_layers)
-        hidden = self.model(input_ids, self._layout(input_ids, attention_mask, cu_seqlens, cache), cache)
+        if context is not None:
+            layout = Layout.of_shard(context)
+        else:
+            layout = self._layout(input_ids, attention_mask, cu_seqlens, cache)
+        hidden = self.model(input_ids, layout, cache)
 
         logits = loss = cross_entropy = None
         if targets is None:
@@ -136,7 +164,11 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
         if targets is not None:
-            out = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), z_loss=z_loss)
+            weight, targets = self.lm_head.weight, targets.flatten()
+            if tp.size == 1:
+                out = linear_cross_entropy(hidden.flatten(0, 1), weight, targets, z_loss=z_loss)
+            else:
+                out = sharded_cross_entropy(hidden, weight, targets, tp, z_loss=z_loss, ignore_index=-100)
             loss = (out.loss + out.z_loss) / (out.num_targets if num_targets is None else num_targets)
             cross_entropy = out.loss.detach()
         result = CausalLMOutput(

@@ -82,6 +82,20 @@ class ModelOptions:
                 found += getattr(self, name).problems(self.hidden_size)
         return found
 
+    def tp_problems(self, tp: int) -> list[str]:
+        """Everything about a resolved shape that `tp` tensor-parallel ranks cannot share, each with its fix."""
+        found = []
+        if self.vocab_size % tp:
+            found.append(
+                f"vocab_size={self.vocab_size} must be a multiple of parallel.tp={tp}: "
+                f"set model.vocab_size={-(-self.vocab_size // tp) * tp}"
+            )
+        if self.intermediate_size and self.intermediate_size % tp:
+            found.append(f"intermediate_size={self.intermediate_size} must be a multiple of parallel.tp={tp}")
+        for name in dict.fromkeys(self.layer_pattern):
+            found += getattr(self, name).tp_problems(self.hidden_size, tp)
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; the options of mixers that no layer uses are left out."""
         out = asdict(self)

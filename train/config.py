@@ -69,6 +69,13 @@ class EngineConfig(Section):
     collective_timeout_minutes: PositiveFloat = 10.0
 
 
+class ParallelConfig(Section):
+    tp: PositiveInt = 1  # tensor-parallel ranks: each has part of every layer's heads or channels
+    cp: PositiveInt = (
+        1  # context-parallel ranks: each has part of every row's tokens; the remaining ranks have other rows
+    )
+
+
 class CheckpointConfig(Section):
     every: NonNegativeInt = 500  # steps between checkpoints; 0: only at the end
     keep: PositiveInt = 3  # newest checkpoints that are kept
@@ -91,6 +98,7 @@ class Recipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     engine: EngineConfig = EngineConfig()
+    parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
@@ -113,6 +121,20 @@ class Recipe(Section):
                 f"train.global_batch_size={train.global_batch_size} must be a multiple of "
                 f"train.micro_batch_size={train.micro_batch_size} (times the number of data-parallel ranks)"
             )
+        tp, cp = self.parallel.tp, self.parallel.cp
+        found += [f"model.{p}" for p in self.model.resolve().tp_problems(tp)] if not found else []
+        if self.data.seq_len % cp:
+            found.append(
+                f"data.seq_len={self.data.seq_len} must be a multiple of parallel.cp={cp}: "
+                f"set data.seq_len={-(-self.data.seq_len // cp) * cp}"
+            )
+        elif (tokens := train.micro_batch_size * self.data.seq_len // cp) % tp:
+            found.append(
+                f"train.micro_batch_size × data.seq_len / parallel.cp = {tokens} tokens must be a multiple of "
+                f"parallel.tp={tp}, whose ranks share them"
+            )
+        if self.optimizer.name == "muon" and tp > 1:
+            found.append("optimizer.name='muon' orthogonalises whole matrices: it needs parallel.tp=1, or use adamw")
         if schedule.warmup_steps >= train.steps:
             found.append(
                 f"schedule.warmup_steps={schedule.warmup_steps} must be less than train.steps={train.steps}: "

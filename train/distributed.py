@@ -1,22 +1,25 @@
-"""The process group and the few collectives that the training loop itself needs."""
+"""The process group, its mesh and the few collectives that the training loop itself needs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
+from riverrun.modeling.parallel.mesh import Mesh
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process' place among the data-parallel ranks, and its device."""
+    """One process' place among all ranks, along the axes of their mesh, and its device."""
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    mesh: Mesh = field(default_factory=Mesh)
 
     def total(self, *values: float) -> list[float]:
         """The sums of `values` over all ranks, in float64."""
@@ -70,10 +73,15 @@ def resolve_device(device: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def start(device: str, rank: int, world_size: int, local_rank: int, timeout_minutes: float) -> Ranks:
+def start(
+    device: str, rank: int, world_size: int, local_rank: int, timeout_minutes: float, cp: int = 1, tp: int = 1
+) -> Ranks:
     """Joins the process group: NCCL on CUDA, gloo on CPU.
 
     With several ranks the launcher's environment (MASTER_ADDR, MASTER_PORT) says where; one rank needs none.
+
+    Raises:
+        ValueError: no such device; ranks that do not divide into cp × tp.
     """
     place = resolve_device(device, local_rank)
     timeout = timedelta(minutes=timeout_minutes)
@@ -84,7 +92,7 @@ def start(device: str, rank: int, world_size: int, local_rank: int, timeout_minu
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
-    return Ranks(rank, world_size, local_rank, place)
+    return Ranks(rank, world_size, local_rank, place, Mesh.of(place.type, world_size, cp, tp))
 
 
 def stop() -> None:

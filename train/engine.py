@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from riverrun.modeling.parallel.context import Context
+from riverrun.modeling.parallel.mesh import ALONE, Mesh
 from riverrun.train import optim
 from riverrun.train.config import EngineConfig, OptimizerConfig, TrainConfig
 from riverrun.train.data.packing import Batch
@@ -43,13 +45,13 @@ class Update:
 
 
 class Engine:
-    """Trains one model replica a rank, its optimiser state sharded over all ranks.
+    """Trains a model, its optimiser state sharded over all ranks that have the same weights.
 
     Every rank calls every method alike. The loss of a step is the mean over all targets of the global batch, however
     they are spread over ranks and micro batches.
 
     Args:
-        model: on any device, in fp32, the same on every rank.
+        model: on any device, in fp32, the same on every rank of `ranks.mesh.dpcp`: this rank's shard of it.
         accumulation: micro batches a rank and step.
 
     Raises:
@@ -87,14 +89,16 @@ class Engine:
         """Forward and backward of this rank's micro batches of one step.
 
         Returns:
-            The summed cross-entropy of this rank's targets, in nats: a float64 scalar on the device.
+            This rank's part of the summed cross-entropy, in nats: a float64 scalar on the device.
         """
         assert len(batches) == self.accumulation, f"{len(batches)} micro batches instead of {self.accumulation}"
         device = self.ranks.device
-        num_targets = torch.tensor(sum(b.num_targets for b in batches), dtype=torch.float32, device=device)
+        mesh = self.ranks.mesh
+        counted = sum(b.num_targets for b in batches) if mesh.leads else 0  # the peers have the same rows
+        num_targets = torch.tensor(counted, dtype=torch.float32, device=device)
         torch.distributed.all_reduce(num_targets)
-        # DeepSpeed averages over ranks; a batch without any target has a loss of 0
-        normaliser = num_targets.clamp(min=1) / self.ranks.world_size
+        # DeepSpeed averages over the ranks with the same weights; a batch without any target has a loss of 0
+        normaliser = num_targets.clamp(min=1) / mesh.dpcp.size
         summed = torch.zeros((), dtype=torch.float64, device=device)
         for index, batch in enumerate(batches):
             self._deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
@@ -116,7 +120,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor:
-        """The summed cross-entropy of the batch's targets, in nats: a float64 scalar on the device."""
+        """This rank's part of the batch's summed cross-entropy, in nats: a float64 scalar on the device."""
         self.module.eval()
         try:
             return self._forward(batch, num_targets=1, z_loss=0.0).cross_entropy.double()
@@ -147,8 +151,15 @@ class Engine:
         assert path is not None, f"no DeepSpeed checkpoint in {folder}"
 
     def _forward(self, batch: Batch, **options: Any) -> Any:
-        batch = batch.to(self.ranks.device)
-        return self._deepspeed(input_ids=batch.input_ids, targets=batch.targets, cu_seqlens=batch.cu_seqlens, **options)
+        cp, device = self.ranks.mesh.cp, self.ranks.device
+        if cp.size == 1:
+            batch = batch.to(device)
+            options["cu_seqlens"] = batch.cu_seqlens
+        else:
+            rows, length = batch.input_ids.shape
+            options["context"] = Context.of_rows(cp, rows, length, batch.cu_seqlens.tolist(), device)
+            batch = batch.shard(cp.share(length)).to(device)
+        return self._deepspeed(input_ids=batch.input_ids, targets=batch.targets, **options)
 
     def _save_file(self, state_dict: Any, path: str) -> None:
         """DeepSpeed's writer, except that an error waits until the collectives of `save_checkpoint` are through."""
@@ -166,7 +177,7 @@ class Engine:
         assert ds.train_micro_batch_size_per_gpu() == train.micro_batch_size
         assert ds.managed_gradient_accumulation() and ds.gradient_average
         assert ds.get_data_types()[1] == torch.float32, "gradients must be accumulated in fp32"
-        assert ds.dp_world_size == self.ranks.world_size
+        assert ds.dp_world_size == self.ranks.mesh.dpcp.size
         assert ds.device.type == self.ranks.device.type
         assert type(ds.basic_optimizer).__name__ == {"adamw": "AdamW", "muon": "MuonWithAuxAdam"}[optimizer.name]
         if self.stage == 1:
@@ -244,6 +255,7 @@ def _build(model, optimizer, train, engine, ranks, accumulation, dtype) -> Any:
         assert param.dtype == torch.float32, "the engine starts from fp32 weights"
     groups = optim.parameter_groups(model, optimizer)
     settings = _settings(optimizer, train, engine, ranks, accumulation)
+    mpu = _ModelParallel(ranks.mesh) if ranks.mesh.tp.size > 1 else None
     os.environ["LOCAL_RANK"] = str(ranks.local_rank)  # DeepSpeed insists on finding it there
     deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False, verbose=False)
     return Zero(
@@ -251,9 +263,22 @@ def _build(model, optimizer, train, engine, ranks, accumulation, dtype) -> Any:
         model=model,
         optimizer=_optimizer(groups, optimizer, ranks.device),
         config=settings,
-        config_class=DeepSpeedConfig(settings, None),
+        config_class=DeepSpeedConfig(settings, mpu),
         dist_init_required=False,
+        mpu=mpu,
     )
+
+
+class _ModelParallel:
+    """The mesh as DeepSpeed asks for it. Context-parallel peers are data-parallel ranks to it: they have the same
+    weights, and gradients to be summed. It must not know of them as sequence-parallel ones, whose gradients it scales.
+    """
+
+    def __init__(self, mesh: Mesh):
+        axes = {"model": mesh.tp, "tensor_model": mesh.tp, "data": mesh.dpcp, "pipeline_model": ALONE}
+        for name, axis in axes.items():
+            for what, value in (("rank", axis.rank), ("world_size", axis.size), ("group", axis.group)):
+                setattr(self, f"get_{name}_parallel_{what}", lambda value=value: value)
 
 
 def _deepspeed(ranks: Ranks) -> Any:
@@ -292,7 +317,7 @@ def _settings(optimizer, train, engine, ranks, accumulation) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "train_batch_size": train.micro_batch_size * accumulation * ranks.world_size,
+        "train_batch_size": train.micro_batch_size * accumulation * ranks.mesh.dpcp.size,  # counts cp peers' rows again
         "gradient_clipping": optimizer.grad_clip,
         "bf16": {"enabled": bf16, "check_grad_overflow": True, "immediate_grad_update": True},
         "fp16": {"enabled": False},

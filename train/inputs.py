@@ -15,7 +15,7 @@ from riverrun.train.distributed import Ranks
 
 @dataclass(frozen=True)
 class HeldOut:
-    """This rank's part of the first `rows` rows of a store."""
+    """The part of the first `rows` rows of a store that this rank's data-parallel peers leave to it."""
 
     source: PackedRows
     rows: range
@@ -70,15 +70,15 @@ def open_inputs(recipe: Recipe, ranks: Ranks, before: dict[str, str] | None) -> 
         Mixture(rows, weights, train.seed),
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
-        dp_rank=ranks.rank,
-        dp_size=ranks.world_size,
+        dp_rank=ranks.mesh.dp.rank,
+        dp_size=ranks.mesh.dp.size,
     )
     shares = [weight / sum(weights) for weight in weights]
     held_out = None
     if data.held_out:
         source = PackedRows(stores[data.held_out], data.seq_len)
         total = min(train.eval_rows, len(source))
-        held_out = HeldOut(source, range(ranks.rank, total, ranks.world_size), train.micro_batch_size)
+        held_out = HeldOut(source, range(ranks.mesh.dp.rank, total, ranks.mesh.dp.size), train.micro_batch_size)
     return Inputs(
         loader,
         held_out,

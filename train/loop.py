@@ -19,6 +19,8 @@ import torch
 from riverrun import __version__
 from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.model import RiverrunForCausalLM
+from riverrun.modeling.parallel.mesh import ALONE, Axis
+from riverrun.modeling.parallel.sharding import build_sharded, meta_model
 from riverrun.train import checkpoint, metrics, plot
 from riverrun.train import engine as engines
 from riverrun.train.config import Recipe
@@ -68,11 +70,11 @@ def run(recipe: Recipe, run_dir: Path, resume: str, ranks: Ranks) -> Outcome:
     Raises:
         ValueError: whatever the user has to mend: ranks, data, folders, a diverging run.
     """
-    accumulation = micro_batches(recipe, ranks.world_size)
+    accumulation = micro_batches(recipe, ranks.mesh.dp.size)
     with Interrupt() as interrupt:
         start = ranks.first(lambda: find_start(run_dir, resume, recipe, ranks.world_size, _warn))
         inputs = open_inputs(recipe, ranks, start.state["stores"] if start.state else None)
-        model = build_model(recipe)
+        model = build_model(recipe, ranks.mesh.tp)
         trainer = Trainer(recipe, run_dir, ranks, model, inputs, start, accumulation, interrupt)
         try:
             return trainer.train()
@@ -80,39 +82,39 @@ def run(recipe: Recipe, run_dir: Path, resume: str, ranks: Ranks) -> Outcome:
             trainer.close()
 
 
-def micro_batches(recipe: Recipe, world_size: int) -> int:
-    """The micro batches a rank computes each step.
+def micro_batches(recipe: Recipe, dp_size: int) -> int:
+    """The micro batches that each of `dp_size` data-parallel ranks computes a step.
 
     Raises:
         ValueError: the global batch does not divide.
     """
     rows, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
-    if recipe.engine.zero_stage == 3 and recipe.train.eval_rows < world_size:
+    if recipe.engine.zero_stage == 3 and recipe.train.eval_rows < dp_size:
         raise ValueError(
-            f"train.eval_rows={recipe.train.eval_rows} is less than the {world_size} ranks, each of which has to "
-            f"evaluate a row under engine.zero_stage=3: set train.eval_rows={world_size} or more"
+            f"train.eval_rows={recipe.train.eval_rows} is less than the {dp_size} data-parallel ranks, each of which "
+            f"has to evaluate a row under engine.zero_stage=3: set train.eval_rows={dp_size} or more"
         )
-    if rows % (micro * world_size) == 0:
-        return rows // (micro * world_size)
-    fitting = [m for m in range(1, rows // world_size + 1) if rows % (m * world_size) == 0]
+    if rows % (micro * dp_size) == 0:
+        return rows // (micro * dp_size)
+    fitting = [m for m in range(1, rows // dp_size + 1) if rows % (m * dp_size) == 0]
     fix = (
         f"set train.micro_batch_size to one of {', '.join(map(str, fitting))}"
         if fitting
-        else f"set train.global_batch_size to a multiple of {world_size}"
+        else f"set train.global_batch_size to a multiple of {dp_size}"
     )
     raise ValueError(
         f"train.global_batch_size={rows} does not divide into micro batches of train.micro_batch_size={micro} on "
-        f"{world_size} ranks: {fix}"
+        f"{dp_size} data-parallel ranks: {fix}"
     )
 
 
-def build_model(recipe: Recipe) -> RiverrunForCausalLM:
-    """Seeds the random number generators, then builds the model with its initial weights, in fp32 on the CPU: the same
-    for a seed on every rank and device."""
+def build_model(recipe: Recipe, tp: Axis = ALONE) -> RiverrunForCausalLM:
+    """Seeds the random number generators, then builds this rank's part of the model with its initial weights, in fp32
+    on the CPU: the same for a seed on any number of ranks and on every device."""
     random.seed(recipe.train.seed)
     np.random.seed(recipe.train.seed)  # noqa: NPY002 - libraries still draw from the global generator
     torch.manual_seed(recipe.train.seed)
-    model = RiverrunForCausalLM(RiverrunConfig.from_options(recipe.model))
+    model = build_sharded(RiverrunConfig.from_options(recipe.model), tp)
     model.train()
     model.set_recompute(recipe.train.recompute)
     if recipe.train.compile:
@@ -139,8 +141,9 @@ class Trainer:
         self.saved_step = start.step if start.checkpoint else -1
         self.save_failed = False
         self.guard, self.window = Guard(), metrics.Window()
-        parameters = sum(p.numel() for p in model.parameters())
-        self.flops_per_token = 3 * model.flops_per_token(recipe.data.seq_len)
+        whole = meta_model(RiverrunConfig.from_options(recipe.model))
+        parameters = sum(p.numel() for p in whole.parameters())
+        self.flops_per_token = 3 * whole.flops_per_token(recipe.data.seq_len)
         self.peak_flops = metrics.peak_flops(recipe.log, ranks.device, recipe.train.dtype)
         self.first = ranks.rank == 0
         self.display = Display(False, 0, 0)
@@ -164,8 +167,8 @@ class Trainer:
             where = f"from step {self.step} ({start.checkpoint})" if start.checkpoint else "from the beginning"
             self.display.say(
                 f"{recipe.name}: {parameters / 1e6:,.1f}M parameters, {recipe.train.dtype}, "
-                f"ZeRO-{recipe.engine.zero_stage} on {ranks.world_size} x {ranks.device.type}, {where}; "
-                f"run folder {run_dir}"
+                f"ZeRO-{recipe.engine.zero_stage} on {ranks.world_size} x {ranks.device.type} "
+                f"({ranks.mesh.describe()}), {where}; run folder {run_dir}"
             )
             for path in superseded:
                 self.display.say(f"later checkpoint moved to {path}", style="yellow")
@@ -206,7 +209,7 @@ class Trainer:
         """One optimiser step. Returns the signal that any rank received, or 0."""
         factor = lr_factor(self.recipe.schedule, self.step, self.recipe.train.steps)
         summed = self.engine.accumulate(batches)
-        targets = sum(batch.num_targets for batch in batches)
+        targets = sum(batch.num_targets for batch in batches) if self.ranks.mesh.leads else 0
         received = self.interrupt.signal
         loss, targets, *signals = self.ranks.total(
             summed.item(), targets, received == signal.SIGINT, received == signal.SIGTERM
@@ -269,7 +272,7 @@ class Trainer:
                 value = self.engine.evaluate(batches[min(index, len(batches) - 1)])
                 if index < len(batches):
                     summed += value
-                    targets += batches[index].num_targets
+                    targets += batches[index].num_targets if self.ranks.mesh.leads else 0
             total, count = self.ranks.total(summed.item(), targets)
             if self.first and count:
                 loss = total / count

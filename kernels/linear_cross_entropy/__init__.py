@@ -70,34 +70,52 @@ def linear_cross_entropy(
         chunk_size = tokens_of_chunk(hidden, len(weight))
     if chunk_size < 1:
         raise ValueError(f"{op}: chunk_size must be at least 1, got {chunk_size}")
-    weight = weight.to(hidden.dtype)
-    loss, z = _LinearCrossEntropy.apply(
-        hidden, weight, targets.long(), z_loss, ignore_index, chunk_size, chosen == "triton"
-    )
+    valid = targets != ignore_index
+    index = targets.long().where(valid, 0)
+    log_z, logit = _Logits.apply(hidden, weight.to(hidden.dtype), index, chunk_size, chosen == "triton")
+    return cross_entropy_of(log_z, logit, valid, z_loss, reduction)
+
+
+def cross_entropy_of(
+    log_z: torch.Tensor, logit: torch.Tensor, valid: torch.Tensor, z_loss: float, reduction: str = "sum"
+) -> LinearCrossEntropy:
+    """The losses of tokens, from log Z of their logits, the targets' logits, and which of them count, (N,) each."""
+    loss, z = (log_z - logit).where(valid, 0), (z_loss * log_z.square()).where(valid, 0)
     if reduction == "sum":
         loss, z = loss.sum(), z.sum()
-    return LinearCrossEntropy(loss, z, (targets != ignore_index).sum())
+    return LinearCrossEntropy(loss, z, valid.sum())
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy and z-loss of each token. With p the softmax and y the target's one-hot row,
+def linear_log_z(
+    hidden: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, *, backend: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a softmax over some of the vocabulary has to know of it: of the logits hidden · weightᵀ, computed in chunks
+    of tokens each way as `linear_cross_entropy` does, log Σ exp and one of them.
 
-    d loss / d logits = p − y,    d z_loss / d logits = 2 z log Z · p.
+    Args:
+        hidden: (N, D).
+        weight: (V, D); taken in the dtype of `hidden`.
+        index: (N,) int64 in [0, V), which logit to return.
+
+    Returns:
+        log Z and the logits at `index`, (N,) float32 each (float64 if `hidden` is float64).
+    """
+    # "auto" stays with torch's operators until the kernels have been checked on a card
+    chosen = resolve_backend("linear_log_z", backend, hidden, len(hidden), has_triton=backend == "triton")
+    chunk_size = tokens_of_chunk(hidden, len(weight))
+    return _Logits.apply(hidden, weight.to(hidden.dtype), index, chunk_size, chosen == "triton")
+
+
+class _Logits(torch.autograd.Function):
+    """log Z of each token's logits, and its logit at `index`. With p the softmax and y the one-hot row of the index,
+
+    d log Z / d logits = p,    d logit / d logits = y.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        z_weight: float,
-        ignore_index: int,
-        chunk_size: int,
-        triton: bool,
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, chunk_size: int, triton: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        valid = targets != ignore_index
-        index = targets.where(valid, 0)[:, None]
         log_z = hidden.new_empty(len(hidden), dtype=_dtype(hidden))
         picked = torch.empty_like(log_z)
         for rows in _chunks(len(hidden), chunk_size):
@@ -105,20 +123,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if triton:
                 from riverrun.kernels.linear_cross_entropy.triton_softmax import log_z as log_z_of
 
-                log_z[rows], picked[rows] = log_z_of(logits, index[rows, 0])
+                log_z[rows], picked[rows] = log_z_of(logits, index[rows])
             else:
                 log_z[rows] = logits.logsumexp(1)
-                picked[rows] = logits.gather(1, index[rows]).squeeze(1)
-        ctx.save_for_backward(hidden, weight, index, valid, log_z)
-        ctx.z_weight, ctx.chunk_size, ctx.triton = z_weight, chunk_size, triton
-        return (log_z - picked).where(valid, 0), (z_weight * log_z.square()).where(valid, 0)
+                picked[rows] = logits.gather(1, index[rows, None]).squeeze(1)
+        ctx.save_for_backward(hidden, weight, index, log_z)
+        ctx.chunk_size, ctx.triton = chunk_size, triton
+        return log_z, picked
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor, grad_z: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, index, valid, log_z = ctx.saved_tensors
-        grad_loss = grad_loss.where(valid, 0)
-        of_softmax = grad_loss + (2 * ctx.z_weight) * log_z * grad_z.where(valid, 0)
+    def backward(ctx: Any, of_softmax: torch.Tensor, of_picked: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, index, log_z = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=log_z.dtype) if ctx.needs_input_grad[1] else None
         for rows in _chunks(len(hidden), ctx.chunk_size):
@@ -126,17 +142,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if ctx.triton:
                 from riverrun.kernels.linear_cross_entropy.triton_softmax import softmax_gradient
 
-                of_rows = (x[rows] for x in (log_z, of_softmax, grad_loss))
-                grad = softmax_gradient(grad, index[rows, 0], *of_rows, hidden.dtype)
+                of_rows = (x[rows] for x in (log_z, of_softmax, -of_picked))
+                grad = softmax_gradient(grad, index[rows], *of_rows, hidden.dtype)
             else:
                 grad.sub_(log_z[rows, None]).exp_().mul_(of_softmax[rows, None])
-                grad.scatter_add_(1, index[rows], -grad_loss[rows, None])
+                grad.scatter_add_(1, index[rows, None], of_picked[rows, None])
                 grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = _product(grad, weight).to(hidden.dtype)
             if grad_weight is not None:
                 _add_product(grad_weight, grad.T, hidden[rows])
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *(None,) * 5
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *(None,) * 3
 
 
 def tokens_of_chunk(x: torch.Tensor, V: int) -> int:

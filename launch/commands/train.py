@@ -42,10 +42,11 @@ def train(
     from riverrun.train import distributed, loop
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    engine = loaded.recipe.engine
+    engine, parallel = loaded.recipe.engine, loaded.recipe.parallel
     ranks = distributed.start(
-        engine.device, rank, world_size, int(os.environ.get("LOCAL_RANK", 0)), engine.collective_timeout_minutes
-    )
+        engine.device, rank, world_size, int(os.environ.get("LOCAL_RANK", 0)), engine.collective_timeout_minutes,
+        cp=parallel.cp, tp=parallel.tp,
+    )  # fmt: skip
     try:
         outcome = loop.run(loaded.recipe, run_dir, resume, ranks)
     finally:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from riverrun.modeling.config import RiverrunConfig
-from riverrun.modeling.model import RiverrunForCausalLM
+from riverrun.modeling.parallel.sharding import meta_model
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ Table = list[Entry]
 
 def parameters_of(config: RiverrunConfig) -> dict[str, torch.nn.Parameter]:
     """The model's parameters by name, tied ones once, on the meta device: shapes and dtypes without memory."""
-    with torch.device("meta"):
-        return dict(RiverrunForCausalLM(config).named_parameters())
+    return dict(meta_model(config).named_parameters())
 
 
 def identity(config: RiverrunConfig) -> Table:

@@ -8,6 +8,9 @@ from riverrun.modeling.layers import RMSNorm
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import AttentionOptions
 from riverrun.modeling.mixers.base import Mixer, States, register
+from riverrun.modeling.parallel.mesh import ALONE, Axis
+from riverrun.modeling.parallel.norm import sharded_rms_norm
+from riverrun.modeling.parallel.split import Plan
 from riverrun.modeling.projection import project
 
 
@@ -34,9 +37,13 @@ class Attention(Mixer):
 
     def forward(self, x: torch.Tensor, layout: Layout, states: States | None = None) -> torch.Tensor:
         q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
-        q = self._heads(q, self.q_norm)  # (B, H, T, head_dim)
-        k = self._heads(k, self.k_norm)  # (B, H_kv, T, head_dim)
-        v = self._heads(v, None)
+        of_kv = self.tp if self._splits_kv(self.tp.size) else ALONE
+        q = self._heads(q, self.q_norm, self.tp)  # (B, H, T, head_dim)
+        k = self._heads(k, self.k_norm, of_kv)  # (B, H_kv, T, head_dim)
+        v = self._heads(v, None, of_kv)
+        if of_kv is not self.tp:  # several ranks share a head of k and v, and each has all of them
+            head = self.tp.rank * self.options.num_kv_heads // self.tp.size
+            k, v = k[:, head : head + 1], v[:, head : head + 1]
         if layout.rope is not None:
             q, k = rotate(q, *layout.rope), rotate(k, *layout.rope)
         if states is not None:
@@ -50,9 +57,12 @@ class Attention(Mixer):
         )
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def _heads(self, x: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
+    def _splits_kv(self, tp: int) -> bool:
+        return self.options.num_kv_heads % tp == 0
+
+    def _heads(self, x: torch.Tensor, norm: RMSNorm | None, tp: Axis) -> torch.Tensor:
         if norm is not None and self.options.qk_norm == "full":
-            x = norm(x)
+            x = norm(x) if tp.size == 1 else sharded_rms_norm(x, None, norm.weight, tp, eps=norm.eps)
         x = x.unflatten(-1, (-1, self.options.head_dim)).transpose(1, 2)
         if norm is not None and self.options.qk_norm == "head":
             x = norm(x)
@@ -61,11 +71,12 @@ class Attention(Mixer):
     def reset_parameters(self) -> None:
         pass  # only child layers
 
-    def parameter_plan(self) -> dict[str, int | None]:
-        plan: dict[str, int | None] = {"q_proj.weight": 0, "k_proj.weight": 0, "v_proj.weight": 0, "o_proj.weight": 1}
+    def parameter_plan(self, tp: int = 1) -> Plan:
+        of_kv = 0 if self._splits_kv(tp) else None
+        plan: Plan = {"q_proj.weight": 0, "k_proj.weight": of_kv, "v_proj.weight": of_kv, "o_proj.weight": 1}
         if self.options.qk_norm != "none":
-            split = 0 if self.options.qk_norm == "full" else None
-            plan |= {"q_norm.weight": split, "k_norm.weight": split}
+            full = self.options.qk_norm == "full"
+            plan |= {"q_norm.weight": 0 if full else None, "k_norm.weight": of_kv if full else None}
         return plan
 
     def mixing_flops(self, seq_len: int) -> float:

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from riverrun.modeling.layout import Layout
+from riverrun.modeling.parallel.mesh import ALONE, Axis
+from riverrun.modeling.parallel.split import Plan
 
 States = dict[str, torch.Tensor]
 
@@ -14,11 +16,15 @@ States = dict[str, torch.Tensor]
 class Mixer(nn.Module, ABC):
     """A layer that mixes information over time: attention or a recurrence.
 
+    Tensor parallelism gives every rank some of the heads or channels (see `parameter_plan`): `forward` then computes
+    this rank's part of the sum that `o_proj` is, and takes counts of heads from its tensors, not from its options.
+
     A subclass is built from (options, hidden_size) and registered by name with `@register`. One `forward` serves
     training, prefill and single decoding steps: `states` carries whatever the layer needs from the tokens before. The
     projection back into the residual stream is a Linear named `o_proj` (its initialisation is scaled with depth).
     """
 
+    tp: Axis = ALONE  # the ranks that share its heads or channels; its parameters are this rank's shards
     traceable = False  # torch.compile traces `forward`; other mixers run eagerly inside a compiled block
 
     @abstractmethod
@@ -34,8 +40,8 @@ class Mixer(nn.Module, ABC):
         """Initialise the parameters that this module holds itself (not those of its child layers)."""
 
     @abstractmethod
-    def parameter_plan(self) -> dict[str, int | None]:
-        """For each parameter, the dimension that tensor parallelism splits; None: replicated."""
+    def parameter_plan(self, tp: int = 1) -> Plan:
+        """For each parameter, the dimension that `tp` tensor-parallel ranks split; None: each has the whole of it."""
 
     @abstractmethod
     def mixing_flops(self, seq_len: int) -> float:

@@ -10,6 +10,7 @@ from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, i
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import GatedDeltaOptions
 from riverrun.modeling.mixers.base import Mixer, States, register
+from riverrun.modeling.parallel.split import Plan, Split
 from riverrun.modeling.projection import project
 
 
@@ -39,14 +40,14 @@ class GatedDelta(Mixer):
 
     def forward(self, hidden: torch.Tensor, layout: Layout, states: States | None = None) -> torch.Tensor:
         o = self.options
-        H, n, K, V = o.num_heads, o.num_householder, o.head_dim, o.value_dim
+        n, K, V = o.num_householder, o.head_dim, o.value_dim
         hidden = layout.flatten(hidden)
         names = "qkvb" + "a" * o.use_gate + "g" * o.output_gate
         parts = dict(zip(names, project(hidden, *(getattr(self, f"{name}_proj") for name in names))))
-        q = self.q_conv(parts["q"], layout, states, "q_conv").unflatten(-1, (H, K))
-        k = self.k_conv(parts["k"], layout, states, "k_conv").unflatten(-1, (n, H, K))
-        v = self.v_conv(parts["v"], layout, states, "v_conv").unflatten(-1, (n, H, V))
-        beta = at_least_fp32(parts["b"]).sigmoid().unflatten(-1, (n, H))
+        q = self.q_conv(parts["q"], layout, states, "q_conv").unflatten(-1, (-1, K))
+        k = self.k_conv(parts["k"], layout, states, "k_conv").unflatten(-1, (n, -1, K))
+        v = self.v_conv(parts["v"], layout, states, "v_conv").unflatten(-1, (n, -1, V))
+        beta = at_least_fp32(parts["b"]).sigmoid().unflatten(-1, (n, -1))
         if o.allow_neg_eigval:
             beta = 2 * beta
         g = None
@@ -60,7 +61,7 @@ class GatedDelta(Mixer):
         )  # fmt: skip
         if states is not None:
             states["delta"] = layout.last(state)
-        gate = parts["g"].unflatten(-1, (H, V)) if o.output_gate else None
+        gate = parts["g"].unflatten(-1, (-1, V)) if o.output_gate else None
         y = gated_rms_norm(y, gate, self.norm_weight, eps=o.norm_eps, norm_before_gate=True)
         return layout.unflatten(self.o_proj(y.flatten(2)))
 
@@ -70,10 +71,11 @@ class GatedDelta(Mixer):
             init_decay(self.A_log, self.dt_bias, o.A_init_min, o.A_init_max, o.dt_min, o.dt_max, o.dt_floor)
         nn.init.ones_(self.norm_weight)
 
-    def parameter_plan(self) -> dict[str, int | None]:
-        # k, v and b hold n steps of all heads, step first: a shard takes its heads of every step
-        plan: dict[str, int | None] = {f"{n}_proj.weight": 0 for n in "qkvb"}
-        plan |= {f"{n}_conv.weight": 0 for n in "qkv"}
+    def parameter_plan(self, tp: int = 1) -> Plan:
+        steps = Split(0, blocks=self.options.num_householder)
+        plan: Plan = {"q_proj.weight": 0, "q_conv.weight": 0}
+        plan |= {f"{n}_proj.weight": steps for n in "kvb"}
+        plan |= {f"{n}_conv.weight": steps for n in "kv"}
         if self.options.use_gate:
             plan |= {"a_proj.weight": 0, "A_log": 0, "dt_bias": 0}
         if self.options.output_gate:

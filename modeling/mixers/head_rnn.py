@@ -23,6 +23,7 @@ from riverrun.modeling.layers import ShortConv
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import HeadRNNOptions, SLSTMOptions
 from riverrun.modeling.mixers.base import Mixer, States, register
+from riverrun.modeling.parallel.split import Plan
 from riverrun.modeling.projection import project
 
 
@@ -55,7 +56,7 @@ class _HeadRNN(Mixer):
     def recur(self, gates: torch.Tensor, layout: Layout, states: States | None) -> torch.Tensor:
         """Pre-activations (B, T, G, inner) without their bias → h (B, T, H, K)."""
         h, state = head_rnn(
-            (gates + self.gate_bias).unflatten(-1, (self.num_heads, -1)), self.recurrent_weight, self.cell,
+            (gates + self.gate_bias).unflatten(-1, (-1, self.options.head_dim)), self.recurrent_weight, self.cell,
             initial_state=None if states is None or layout.cu_seqlens is not None else states.get("cell"),
             cu_seqlens=layout.cu_seqlens,
         )  # fmt: skip
@@ -74,7 +75,7 @@ class _HeadRNN(Mixer):
                 self.gate_bias[self.keeping_gate].view(self.num_heads, -1).copy_(biases)
         nn.init.ones_(self.norm_weight)
 
-    def parameter_plan(self) -> dict[str, int | None]:
+    def parameter_plan(self, tp: int = 1) -> Plan:
         return {"gate_bias": 1, "recurrent_weight": 1, "norm_weight": 0, "o_proj.weight": 1}
 
     def mixing_flops(self, seq_len: int) -> float:
@@ -105,11 +106,11 @@ class SLSTM(_HeadRNN):
         h = F.layer_norm(h, h.shape[-1:], eps=self.options.norm_eps).flatten(2) * self.norm_weight
         return layout.unflatten(self.o_proj(h))
 
-    def parameter_plan(self) -> dict[str, int | None]:
-        plan: dict[str, int | None] = {f"{gate}_gate.weight": 0 for gate in "ifzo"}
+    def parameter_plan(self, tp: int = 1) -> Plan:
+        plan: Plan = {f"{gate}_gate.weight": 0 for gate in "ifzo"}
         if self.conv is not None:  # over the residual stream, which every rank has
             plan |= {"conv.weight": None, "conv.bias": None}
-        return super().parameter_plan() | plan
+        return super().parameter_plan(tp) | plan
 
 
 class _GatedHeadRNN(_HeadRNN):
@@ -126,7 +127,7 @@ class _GatedHeadRNN(_HeadRNN):
         u = self.convolve(u, layout, states)
         h = self.recur(block_linear(u, self.gate_weight), layout, states).flatten(2)
         h = gated_rms_norm(
-            h, z, self.norm_weight, eps=self.options.norm_eps, groups=self.num_heads,
+            h, z, self.norm_weight, eps=self.options.norm_eps, groups=len(self.gate_weight),
             norm_before_gate=True,
         )  # fmt: skip
         return layout.unflatten(self.o_proj(h))
@@ -136,11 +137,11 @@ class _GatedHeadRNN(_HeadRNN):
         bound = math.sqrt(3 / self.options.head_dim)  # Kaiming uniform, as in ParaRNN's block
         nn.init.uniform_(self.gate_weight, -bound, bound)
 
-    def parameter_plan(self) -> dict[str, int | None]:
-        plan: dict[str, int | None] = {"u_proj.weight": 0, "z_proj.weight": 0, "gate_weight": 0}
+    def parameter_plan(self, tp: int = 1) -> Plan:
+        plan: Plan = {"u_proj.weight": 0, "z_proj.weight": 0, "gate_weight": 0}
         if self.conv is not None:
             plan |= {"conv.weight": 0, "conv.bias": 0}
-        return super().parameter_plan() | plan
+        return super().parameter_plan(tp) | plan
 
 
 @register("lstm")

@@ -3,12 +3,13 @@
 import torch
 from torch import nn
 
-from riverrun.kernels.gated_rms_norm import gated_rms_norm
 from riverrun.kernels.ssd import ssd
 from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, init_decay
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import Mamba2Options
 from riverrun.modeling.mixers.base import Mixer, States, register
+from riverrun.modeling.parallel.norm import sharded_rms_norm
+from riverrun.modeling.parallel.split import Plan
 from riverrun.modeling.projection import project
 
 
@@ -40,9 +41,9 @@ class Mamba2(Mixer):
         o = self.options
         hidden = layout.flatten(hidden)
         z, x, B, C, dt = project(hidden, self.z_proj, self.x_proj, self.B_proj, self.C_proj, self.dt_proj)
-        x = self.x_conv(x, layout, states, "x_conv").unflatten(-1, (self.num_heads, o.head_dim))
-        B = self.B_conv(B, layout, states, "B_conv").unflatten(-1, (o.num_groups, o.state_size))
-        C = self.C_conv(C, layout, states, "C_conv").unflatten(-1, (o.num_groups, o.state_size))
+        x = self.x_conv(x, layout, states, "x_conv").unflatten(-1, (-1, o.head_dim))
+        B = self._groups(self.B_conv(B, layout, states, "B_conv"))
+        C = self._groups(self.C_conv(C, layout, states, "C_conv"))
         y, state = ssd(
             x, dt, -at_least_fp32(self.A_log).exp(), B, C, at_least_fp32(self.D),
             dt_bias=at_least_fp32(self.dt_bias), dt_softplus=True,
@@ -51,8 +52,16 @@ class Mamba2(Mixer):
         )  # fmt: skip
         if states is not None:
             states["ssd"] = layout.last(state)
-        y = gated_rms_norm(y.flatten(2), z, self.norm_weight, eps=o.norm_eps, groups=o.num_groups)
+        y = sharded_rms_norm(y.flatten(2), z, self.norm_weight, self.tp, eps=o.norm_eps, groups=o.num_groups)
         return layout.unflatten(self.o_proj(y))
+
+    def _groups(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, groups · N) → (B, T, G, N), those of this rank's heads: with fewer groups than ranks, one of all."""
+        x = x.unflatten(-1, (-1, self.options.state_size))
+        if self.options.num_groups >= self.tp.size:
+            return x
+        group = self.tp.rank * self.options.num_groups // self.tp.size
+        return x[:, :, group : group + 1]
 
     def reset_parameters(self) -> None:
         o = self.options
@@ -60,11 +69,13 @@ class Mamba2(Mixer):
         nn.init.ones_(self.D)
         nn.init.ones_(self.norm_weight)
 
-    def parameter_plan(self) -> dict[str, int | None]:
-        plan: dict[str, int | None] = {f"{n}_proj.weight": 0 for n in ("z", "x", "B", "C", "dt")}
-        plan |= {f"{n}_conv.weight": 0 for n in ("x", "B", "C")}
-        if self.options.conv_bias:
-            plan |= {f"{n}_conv.bias": 0 for n in ("x", "B", "C")}
+    def parameter_plan(self, tp: int = 1) -> Plan:
+        of_groups = 0 if self.options.num_groups >= tp else None  # ranks that share a group have all groups
+        plan: Plan = {"z_proj.weight": 0, "dt_proj.weight": 0}
+        for name, split in (("x", 0), ("B", of_groups), ("C", of_groups)):
+            plan |= {f"{name}_proj.weight": split, f"{name}_conv.weight": split}
+            if self.options.conv_bias:
+                plan[f"{name}_conv.bias"] = split
         return plan | {"A_log": 0, "dt_bias": 0, "D": 0, "norm_weight": 0, "o_proj.weight": 1}
 
     def mixing_flops(self, seq_len: int) -> float:

@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from riverrun.kernels.block_linear import block_linear
-from riverrun.kernels.gated_rms_norm import gated_rms_norm
 from riverrun.kernels.para_gru import para_gru
 from riverrun.kernels.para_lstm import para_lstm
 from riverrun.modeling.layers import RMSNorm, ShortConv, at_least_fp32
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import ParaGRUOptions, ParaLSTMOptions
 from riverrun.modeling.mixers.base import Mixer, States, register
+from riverrun.modeling.parallel.norm import sharded_rms_norm
+from riverrun.modeling.parallel.split import Plan
 from riverrun.modeling.projection import project
 
 
@@ -69,7 +70,7 @@ class _ParaMixer(Mixer):
         h, state = self.cell(self.gates(u), initial, layout.cu_seqlens)
         if states is not None:
             states["cell"] = layout.last(state)
-        y = gated_rms_norm(h, z, self.norm.weight, eps=self.norm.eps, norm_before_gate=True)
+        y = sharded_rms_norm(h, z, self.norm.weight, self.tp, eps=self.norm.eps, norm_before_gate=True)
         return layout.unflatten(self.o_proj(y))
 
     def bounded(self, weight: torch.Tensor) -> torch.Tensor:
@@ -79,7 +80,7 @@ class _ParaMixer(Mixer):
     def reset_parameters(self) -> None:
         nn.init.xavier_normal_(self.recurrent_weight)
 
-    def parameter_plan(self) -> dict[str, int | None]:
+    def parameter_plan(self, tp: int = 1) -> Plan:
         return {
             "u_proj.weight": 0, "z_proj.weight": 0, "conv.weight": 0, "conv.bias": 0, "gates.weight": 0,
             "gates.bias": 1, "recurrent_weight": 1, "norm.weight": 0, "o_proj.weight": 1,
@@ -121,8 +122,8 @@ class ParaLSTM(_ParaMixer):
         super().reset_parameters()
         nn.init.xavier_normal_(self.peephole)
 
-    def parameter_plan(self) -> dict[str, int | None]:
-        return super().parameter_plan() | {"peephole": 1}
+    def parameter_plan(self, tp: int = 1) -> Plan:
+        return super().parameter_plan(tp) | {"peephole": 1}
 
     def mixing_flops(self, seq_len: int) -> float:
         return 24.0 * self.inner

@@ -75,7 +75,8 @@ class Context:
         joins = [[begins(b, r) not in starts for b in range(rows)] for r in range(axis.size)]
         passes = [[j and not w for j, w in zip(*row)] for row in zip(joins, within)]
 
-        bounds, first, last = [], [], []
+        bounds: list[int] = []
+        first, last = [], []
         for b in range(rows):
             begin = begins(b, axis.rank)
             inner = [s - begin + b * T for s in cu_seqlens if begin < s < begin + T]

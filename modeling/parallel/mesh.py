@@ -13,7 +13,7 @@ class Axis:
     Attributes:
         size: how many they are, itself included.
         rank: its place among them.
-        group: their process group; None if it is alone.
+        group: their process group; None if it is alone (but for `Mesh.dpcp`, which always has one among several ranks).
     """
 
     size: int = 1
@@ -67,8 +67,13 @@ class Mesh:
             return Axis(size, mesh.get_local_rank(name), mesh.get_group(name)) if size > 1 else ALONE
 
         flat = mesh["dp", "cp"]._flatten("dpcp")
-        dpcp = Axis(flat.size(), flat.get_local_rank(), flat.get_group()) if flat.size() > 1 else ALONE
-        return cls(*(axis(name, size) for name, size in axes.items()), dpcp)
+        dpcp = Axis(flat.size(), flat.get_local_rank(), flat.get_group())
+        return cls(axis("dp", axes["dp"]), axis("cp", cp), axis("tp", tp), dpcp)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank counts for those with the same rows."""
+        return self.cp.rank == 0 and self.tp.rank == 0
 
     def describe(self) -> str:
         """dp2 x cp1 x tp4"""

@@ -25,6 +25,7 @@ from riverrun.modeling.mixer_options import (
 from riverrun.modeling.mixers import MIXERS
 from riverrun.modeling.model import RiverrunForCausalLM
 from riverrun.modeling.options import ModelOptions
+from riverrun.modeling.parallel.split import Split
 
 BASE = ModelOptions(
     vocab_size=37,
@@ -303,10 +304,11 @@ def test_bf16_is_finite_and_near_fp32(shape):
 @every_shape
 def test_the_plan_of_tensor_parallelism_covers_every_parameter(shape):
     for block in build(shape).model.layers:
-        plan = block.mixer.parameter_plan()
+        plan = block.mixer.parameter_plan(2)
         parameters = dict(block.mixer.named_parameters())
         assert set(plan) == set(parameters)
-        for name, dim in plan.items():
+        for name, split in plan.items():
+            dim = split.dim if isinstance(split, Split) else split
             assert dim is None or parameters[name].shape[dim] % 2 == 0, name
 
 

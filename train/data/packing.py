@@ -1,6 +1,6 @@
 """Fixed-length rows cut from a store's documents laid end to end, with the documents' bounds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,6 +40,10 @@ class Batch:
     targets: torch.Tensor
     cu_seqlens: torch.Tensor
     num_targets: int
+
+    def shard(self, tokens: slice) -> "Batch":
+        """Some tokens of every row; the bounds stay those of whole rows, and so does the number of targets."""
+        return replace(self, input_ids=self.input_ids[:, tokens], targets=self.targets[:, tokens])
 
     def to(self, device: torch.device | str) -> "Batch":
         def move(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,65 @@
+"""Every layout trains as one process does: losses, gradient norms and weights after some steps, to rounding."""
+
+import functools
+
+import pytest
+import torch
+
+from riverrun.modeling.config import RiverrunConfig
+from riverrun.modeling.parallel.sharding import meta_model, parameter_plan
+from tests.distributed import parity_workers
+from tests.modeling.parallel.sharded import SHAPES
+
+MIXERS = ["mamba2", "gated_delta", "para_gru", "para_lstm", "slstm", "lstm", "gru, elman", "attention"]
+LAYOUTS = [
+    # world, cp, tp, ZeRO stage, accumulation, recompute
+    (2, 1, 2, 1, 1, False),
+    (2, 1, 2, 2, 2, True),
+    (2, 1, 2, 3, 1, True),
+    (4, 1, 2, 1, 2, True),
+    (4, 1, 2, 2, 1, False),
+    (4, 1, 2, 3, 2, False),
+    (4, 1, 4, 1, 2, False),
+]
+
+
+def name(layout):
+    world, cp, tp, stage, accumulation, recompute = layout
+    dp = world // (cp * tp)
+    return f"dp{dp} cp{cp} tp{tp} ZeRO-{stage} x{accumulation}" + " recompute" * recompute
+
+
+def assert_parity(ranks, shape, layout):
+    world, *options = layout
+    results = ranks(world).run(parity_workers.train, shape, *options)
+    losses, norms, held_out, weights, _ = alone(ranks, shape)
+    plan = parameter_plan(meta_model(RiverrunConfig.from_options(SHAPES[shape])), options[1])
+    assert min(norms) > 0.5, "clipping must matter"
+    for got in results:
+        assert got[0] == pytest.approx(losses, rel=2e-6)
+        assert got[1] == pytest.approx(norms, rel=2e-5)
+        assert got[2] == pytest.approx(held_out, rel=1e-5)
+        same = next(other for other in results if other[4] == got[4])
+        assert all(torch.equal(w, same[3][n]) for n, w in got[3].items()), "peers must have the same bits"
+    shards = [next(r[3] for r in results if r[4] == t) for t in range(options[1])]
+    for n, weight in weights.items():
+        parts, split = [s[n] for s in shards], plan[n]
+        for part in parts:
+            whole = part if split is None else split.join(parts)
+            assert (whole - weight).abs().max() < 1e-5, n  # of steps of up to 2e-2
+
+
+@functools.cache
+def alone(ranks, shape):
+    (result,) = ranks(1).run(parity_workers.train, shape, 1, 1, 1, 1, False)
+    return result
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name)
+def test_layouts(ranks, layout):
+    assert_parity(ranks, "hybrid", layout)
+
+
+@pytest.mark.parametrize("shape", MIXERS)
+def test_mixers(ranks, shape):
+    assert_parity(ranks, shape, (2, 1, 2, 1, 1, False))

@@ -1,0 +1,122 @@
+"""Whole models on ranks that share them, against one process; small shapes whose heads divide by four."""
+
+from dataclasses import replace
+
+import torch
+
+from riverrun.modeling.config import RiverrunConfig
+from riverrun.modeling.mixer_options import (
+    AttentionOptions,
+    ElmanOptions,
+    GatedDeltaOptions,
+    GRUOptions,
+    LSTMOptions,
+    Mamba2Options,
+    ParaGRUOptions,
+    ParaLSTMOptions,
+    SLSTMOptions,
+)
+from riverrun.modeling.options import ModelOptions
+from riverrun.modeling.parallel.context import Context
+from riverrun.modeling.parallel.mesh import ALONE, Mesh
+from riverrun.modeling.parallel.sharding import build_sharded, parameter_plan
+
+BASE = ModelOptions(
+    vocab_size=40,
+    hidden_size=16,
+    num_hidden_layers=2,
+    intermediate_size=24,
+    initializer_range=0.3,  # large, so that every part matters for the loss
+    attention=AttentionOptions(num_heads=4, num_kv_heads=2, head_dim=4),
+    mamba2=Mamba2Options(head_dim=4, state_size=6, num_groups=2, chunk_size=4),
+    gated_delta=GatedDeltaOptions(num_heads=4, head_dim=4, num_householder=2, chunk_size=8),
+    para_gru=ParaGRUOptions(num_heads=4, tolerance=1e-12),
+    para_lstm=ParaLSTMOptions(num_heads=4, tolerance=1e-12),
+    slstm=SLSTMOptions(head_dim=4, recurrent_init=1.0),
+    lstm=LSTMOptions(head_dim=4),
+    gru=GRUOptions(head_dim=4),
+    elman=ElmanOptions(head_dim=4),
+)
+
+
+def of(*pattern: str, **changes) -> ModelOptions:
+    return replace(BASE, layer_pattern=pattern, num_hidden_layers=max(2, len(pattern)), **changes)
+
+
+SHAPES = {
+    "mamba2": of("mamba2"),
+    "mamba2 one group, alone, tied": of(
+        "mamba2", mamba2=replace(BASE.mamba2, num_groups=1), intermediate_size=0, tie_word_embeddings=True
+    ),
+    "gated_delta": of("gated_delta"),
+    "para_gru": of("para_gru"),
+    "para_lstm": of("para_lstm"),
+    "slstm": of("slstm"),
+    "lstm": of("lstm"),
+    "gru, elman": of("gru", "elman"),
+    "attention": of("attention"),
+    "attention, one key head, full norms": of(
+        "attention", post_norm_attention=True, attention=replace(BASE.attention, num_kv_heads=1, qk_norm="full")
+    ),
+    "attention, window, head norms": of(
+        "attention", attention=replace(BASE.attention, num_kv_heads=4, qk_norm="head", window=5)
+    ),
+    "hybrid": of("mamba2", "para_lstm", "gated_delta", "attention"),
+}
+BOUNDS = [0, 3, 8, 9, 16, 32]  # of documents in two rows of 16 tokens
+ROWS, LENGTH = 2, 16
+Z_LOSS = 0.1
+
+
+def batch():
+    generator = torch.Generator().manual_seed(7)
+    ids, targets = torch.randint(0, BASE.vocab_size, (2, ROWS, LENGTH), generator=generator).unbind()
+    targets[0, 2] = targets[1, -1] = -100
+    return ids, targets
+
+
+def part(shape: str, cp: int, tp: int, recompute: bool, bounds: list[int]):
+    """On a rank: its part of the loss and its parameters' gradients."""
+    mesh = Mesh.of("cpu", cp * tp, cp=cp, tp=tp)
+    torch.manual_seed(0)
+    model = build_sharded(RiverrunConfig.from_options(SHAPES[shape]), mesh.tp).double().train()
+    model.set_recompute(recompute)
+    ids, targets = batch()
+    if cp == 1:
+        given = {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}
+    else:
+        given = {"context": Context.of_rows(mesh.cp, ROWS, LENGTH, bounds, "cpu")}
+        ids, targets = (x[:, mesh.cp.share(LENGTH)] for x in (ids, targets))
+    out = model(ids, targets=targets, num_targets=10, z_loss=Z_LOSS, **given)
+    out.loss.backward()
+    with torch.no_grad():
+        again = model.eval()(ids, targets=targets, num_targets=10, z_loss=Z_LOSS, **given)
+    torch.testing.assert_close(again.loss, out.loss.detach())
+    return out.loss.item(), out.cross_entropy.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def alone(shape: str, bounds: list[int]):
+    """The same on one process: loss, cross-entropy, gradients, and the plan that `tp` ranks would follow."""
+    torch.manual_seed(0)
+    model = build_sharded(RiverrunConfig.from_options(SHAPES[shape]), ALONE).double().train()
+    ids, targets = batch()
+    bounds = torch.tensor(bounds, dtype=torch.int32)
+    out = model(ids, targets=targets, num_targets=10, z_loss=Z_LOSS, cu_seqlens=bounds)
+    out.loss.backward()
+    return model, out.loss.item(), out.cross_entropy.item()
+
+
+def assert_parts_make_the_whole(results, shape: str, cp: int, tp: int, bounds: list[int]) -> None:
+    model, loss, cross_entropy = alone(shape, bounds)
+    assert abs(sum(r[0] for r in results) - loss) < 1e-10 * abs(loss)
+    assert abs(sum(r[1] for r in results) - cross_entropy) < 1e-10 * cross_entropy
+    plan = parameter_plan(model, tp)
+    for name, param in model.named_parameters():
+        of_tp = [sum(results[c * tp + t][2][name] for c in range(cp)) for t in range(tp)]
+        if (split := plan[name]) is None:
+            for other in of_tp[1:]:
+                torch.testing.assert_close(other, of_tp[0])
+        got = of_tp[0] if split is None else split.join(of_tp)
+        scale = param.grad.abs().max()
+        assert scale > 0, name
+        assert (got - param.grad).abs().max() < 1e-9 * scale, name
