@@ -7,7 +7,7 @@ from typer.core import TyperGroup
 
 from riverrun import __version__
 from riverrun.launch import console
-from riverrun.launch.commands import bench, config, data, doctor, export, generate, quickstart, recipes, train
+from riverrun.launch.commands import bench, config, data, doctor, export, generate, quickstart, recipes, reshard, train
 from riverrun.launch.commands import eval as evaluation
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -68,6 +68,7 @@ app.add_typer(data.app, name="data", rich_help_panel=TRAINING)
 app.command("train", rich_help_panel=TRAINING)(train.train)
 app.add_typer(evaluation.app, name="eval", rich_help_panel=MODELS)
 app.command("generate", rich_help_panel=MODELS)(generate.generate)
+app.command("reshard", rich_help_panel=MODELS)(reshard.reshard)
 app.command("export", rich_help_panel=MODELS)(export.export)
 app.command("import", rich_help_panel=MODELS)(export.import_)
 app.command("doctor", rich_help_panel=MACHINE)(doctor.doctor)

@@ -15,17 +15,23 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from riverrun.modeling.config import RiverrunConfig
+from riverrun.modeling.parallel.sharding import meta_model, parameter_plan
+from riverrun.modeling.parallel.split import Split
 from riverrun.train import engine as engines
+from riverrun.train.config import Recipe
 from riverrun.train.distributed import Ranks
+from riverrun.train.shards import Shards, Universal
 
 PARTIAL, ASIDE = ".partial", ".superseded"
+UNIVERSAL = "universal"  # the layout of a checkpoint that has none
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -131,15 +137,55 @@ def save(run_dir: Path, step: int, keep: int, engine: engines.Engine, state: dic
     return final
 
 
+def describe(folder: Path, state: dict[str, Any]) -> None:
+    """Makes a folder with the files of an engine a checkpoint: adds trainer.json and the manifest."""
+    (folder / "trainer.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    files = {str(p.relative_to(folder)): _sync_and_describe(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    (folder / "manifest.json").write_text(
+        json.dumps({"step": state["step"], "files": files}, indent=1), encoding="utf-8"
+    )
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What `save` was given as `state`."""
     return json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
 
 
-def restore(checkpoint: Path, engine: engines.Engine, ranks: Ranks) -> None:
-    """Weights, optimiser state and random number generators, on the same number of ranks as wrote them."""
-    engine.load(checkpoint)
-    _set_rng_state(torch.load(checkpoint / "rng" / f"rank_{ranks.rank:05d}.pt", weights_only=True))
+def layout_of(recipe: Recipe, ranks: Ranks) -> dict[str, int]:
+    """What decides which rank holds what of a checkpoint."""
+    return {"zero_stage": recipe.engine.zero_stage, "dpcp": ranks.mesh.dpcp.size, "tp": ranks.mesh.tp.size}
+
+
+def restore(checkpoint: Path, engine: engines.Engine, recipe: Recipe, ranks: Ranks) -> bool:
+    """Weights, optimiser state and random number generators.
+
+    Returns:
+        Whether this layout is the one that wrote the checkpoint, so that all is restored bit by bit. On another one
+        every rank's generators start anew, from the recipe's seed and the step.
+    """
+    state = read_state(checkpoint)
+    if state["layout"] == layout_of(recipe, ranks):
+        engine.load(checkpoint)
+        _set_rng_state(torch.load(checkpoint / "rng" / f"rank_{ranks.rank:05d}.pt", weights_only=True))
+        return True
+    engine.adopt(_read(checkpoint), plan_of(recipe, ranks.mesh.tp.size))
+    random.seed(f"{recipe.train.seed} {state['step']} {ranks.rank}")
+    np.random.seed(random.getrandbits(32))  # noqa: NPY002 - libraries may draw from it
+    torch.manual_seed(random.getrandbits(63))
+    return False
+
+
+def plan_of(recipe: Recipe, tp: int) -> dict[str, Split | None]:
+    """How `tp` ranks share the parameters of a recipe's model."""
+    return parameter_plan(meta_model(RiverrunConfig.from_options(recipe.model)), tp)
+
+
+def _read(checkpoint: Path) -> Shards | Universal:
+    state = read_state(checkpoint)
+    if state["layout"] == UNIVERSAL:
+        return Universal(checkpoint / engines.TAG)
+    recipe = Recipe.model_validate_json(json.dumps(state["recipe"]))
+    return Shards(checkpoint / engines.TAG, plan_of(recipe, state["layout"]["tp"]))
 
 
 def set_aside(run_dir: Path, step: int) -> list[Path]:
@@ -160,11 +206,21 @@ def set_aside(run_dir: Path, step: int) -> list[Path]:
     return moved
 
 
-def load_weights(run_dir: Path, step: int | None = None) -> dict[str, torch.Tensor]:
-    """The full-precision (fp32) weights of a run by parameter name, on the CPU, without a process group.
+def load_weights(run_dir: Path, step: int | None = None) -> Mapping[str, torch.Tensor]:
+    """The full-precision (fp32) weights of a run by parameter name, without a process group. Each is read from disk
+    when it is looked up, and put together from the shards of whatever layout wrote it.
 
     Args:
         step: of which checkpoint; None: the newest one that is intact.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is damaged.
+    """
+    return _read(find(run_dir, step))
+
+
+def find(run_dir: Path, step: int | None = None) -> Path:
+    """The checkpoint of a step; None: the newest one that is intact.
 
     Raises:
         ValueError: there is no such checkpoint, or it is damaged.
@@ -182,7 +238,7 @@ def load_weights(run_dir: Path, step: int | None = None) -> dict[str, torch.Tens
         wrong = problem(checkpoint)
         if wrong is not None:
             raise ValueError(f"checkpoint {checkpoint.name} is damaged: {wrong}")
-    return engines.load_weights(checkpoint)
+    return checkpoint
 
 
 def _together(action: Callable[[], Any], ranks: Ranks) -> list[Any]:

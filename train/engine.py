@@ -11,13 +11,13 @@ Precision of bf16 recipes: parameters and activations bf16; master weights, mome
 Settings whose defaults changed between DeepSpeed versions are set here and checked on the live engine.
 """
 
+import argparse
 import contextlib
 import io
 import logging
 import os
-import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,10 +28,12 @@ from torch import nn
 
 from riverrun.modeling.parallel.context import Context
 from riverrun.modeling.parallel.mesh import ALONE, Mesh
+from riverrun.modeling.parallel.split import Split
 from riverrun.train import optim
 from riverrun.train.config import EngineConfig, OptimizerConfig, TrainConfig
 from riverrun.train.data.packing import Batch
 from riverrun.train.distributed import Ranks
+from riverrun.train.shards import MASTER, Shards, Universal
 
 TAG = "zero"  # the folder of DeepSpeed's files in a checkpoint
 
@@ -145,10 +147,69 @@ class Engine:
             raise OSError(f"cannot write {folder / TAG}: {self._save_error}") from self._save_error
 
     def load(self, folder: Path) -> None:
-        """Restores what `save` wrote, by the same number of ranks with the same ZeRO stage."""
+        """Restores what `save` wrote, bit by bit, by ranks of the same layout with the same ZeRO stage."""
         with _quiet():
             path, _ = self._deepspeed.load_checkpoint(str(folder), tag=TAG)
         assert path is not None, f"no DeepSpeed checkpoint in {folder}"
+
+    @torch.no_grad()
+    def adopt(self, source: Shards | Universal, plan: Mapping[str, Split | None]) -> None:
+        """Takes weights and optimiser state from a checkpoint of any layout, a parameter at a time.
+
+        Args:
+            plan: how this engine's tensor-parallel ranks share the parameters.
+        """
+        tp, zero = self.ranks.mesh.tp, self._deepspeed.optimizer
+        for flat, fragments in self._fragments():
+            state: dict[str, Any] = zero.optimizer.state[flat]
+            for name, start, numel, offset in fragments:
+                for key in source.keys_of(name):
+                    if key not in state and key != MASTER:
+                        state[key] = torch.zeros_like(flat)
+                    whole, split = source.read(name, key), plan.get(name)
+                    shard = (whole if split is None or tp.size == 1 else split.take(whole, tp)).flatten()
+                    target = flat if key == MASTER else state[key]
+                    target[start : start + numel].copy_(shard[offset : offset + numel])
+                # the fused AdamW, which is the one on CUDA, wants its count of steps on the device
+                numbers = source.numbers_of(name)
+                state |= {k: v.to(flat.device, copy=True) if torch.is_tensor(v) else v for k, v in numbers.items()}
+        if self.stage < 3:
+            zero.update_lp_params()
+        else:
+            for flat, low, parts in zip(
+                zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, zero.fp16_partitioned_groups
+            ):
+                low.copy_(flat)
+                for part, values in zip(parts, zero.unflatten(low, parts)):
+                    part.data = values.data
+        for name, count in source.counters.items():
+            setattr(self._deepspeed, name, count)
+
+    def _fragments(self) -> Iterator[tuple[torch.Tensor, list[tuple[str, int, int, int]]]]:
+        """This rank's flat master weights; for every parameter in one: its name, where its piece starts and how long
+        it is, and where that piece starts in the parameter."""
+        zero = self._deepspeed.optimizer
+        if self.stage == 3:
+            rank = self.ranks.mesh.dpcp.rank
+            for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups):
+                fragments, start = [], 0
+                for param in group:
+                    part = param.partition_numel()
+                    numel = max(0, min(part, param.ds_numel - rank * part))
+                    fragments.append((zero.param_names[param], start, numel, rank * part))
+                    start += part
+                yield flat, fragments
+            return
+        flats = zero.fp32_groups_flat_partition if self.stage == 1 else zero.single_partition_of_fp32_groups
+        for flat, group in zip(flats, zero.bf16_groups if self.stage == 1 else zero.bit16_groups):
+            places = [(zero.param_names[param], param._hp_mapping) for param in group if param._hp_mapping is not None]
+            yield (
+                flat,
+                [
+                    (name, at.hp_fragment_address.start, at.hp_fragment_address.numel, at.lp_fragment_address.start)
+                    for name, at in places
+                ],
+            )
 
     def _forward(self, batch: Batch, **options: Any) -> Any:
         cp, device = self.ranks.mesh.cp, self.ranks.device
@@ -191,40 +252,22 @@ class Engine:
             assert param.dtype == (torch.float32 if fp32 else self.dtype)
 
 
-def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The full-precision master weights of a checkpoint that `Engine.save` wrote, by parameter name, on the CPU.
+def to_universal(folder: Path, out: Path) -> None:
+    """Rewrites DeepSpeed's files in its universal format, whatever their layout."""
+    with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        from deepspeed.checkpoint import ds_to_universal
 
-    Any ZeRO stage and number of ranks; needs no process group. Tied parameters appear under both names.
-    """
-    with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # a progress bar
-        from deepspeed.utils import zero_to_fp32
-
-        model_file = folder / TAG / "mp_rank_00_model_states.pt"
-        if not model_file.exists():  # stage 3 has one of these files a rank
-            return dict(zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG))
-    # DeepSpeed's own script does not know the files of BF16_Optimizer
-    described = torch.load(model_file, map_location="cpu", weights_only=False)
-    ranks = [
-        torch.load(file, map_location="cpu", weights_only=False, mmap=True)["optimizer_state_dict"]
-        for file in sorted((folder / TAG).glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
-    ]
-    assert len(ranks) == described["dp_world_size"]
-    weights: dict[str, torch.Tensor] = {}
-    for index, shapes in enumerate(described["param_shapes"]):
-        # every rank holds an equal piece of the group's flat tensor, which is padded at its end
-        flat = torch.cat([rank["single_partition_of_fp32_groups"][index].detach() for rank in ranks])
-        sizes = [shape.numel() for shape in shapes.values()]
-        pieces = flat[: sum(sizes)].split(sizes)
-        weights |= {name: piece.view(shape).clone() for (name, shape), piece in zip(shapes.items(), pieces)}
-    for name, twin in described["shared_params"].items():
-        weights[name] = weights[twin]
-    return weights
-
-
-def _rank_of(file: Path) -> int:
-    match = re.search(r"zero_pp_rank_(\d+)_", file.name)
-    assert match is not None
-    return int(match.group(1))
+        ds_to_universal.main(
+            argparse.Namespace(
+                input_folder=str(folder),
+                output_folder=str(out),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=False,
+            )
+        )
 
 
 def versions() -> dict[str, str]:
@@ -248,7 +291,7 @@ def _build(model, optimizer, train, engine, ranks, accumulation, dtype) -> Any:
                 param.data = param.data.to(torch.float32 if keep else dtype)
 
         def _copy_recovery_script(self, *_: Any) -> None:
-            """`load_weights` does its work; and an error here would leave the other ranks waiting."""
+            """`train.shards` does its work; and an error here would leave the other ranks waiting."""
 
     model.to(ranks.device)
     for param in model.parameters():

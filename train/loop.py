@@ -20,8 +20,8 @@ from riverrun import __version__
 from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.model import RiverrunForCausalLM
 from riverrun.modeling.parallel.mesh import ALONE, Axis
-from riverrun.modeling.parallel.sharding import build_sharded, meta_model
-from riverrun.train import checkpoint, metrics, plot
+from riverrun.modeling.parallel.sharding import build_sharded, meta_model, parameter_plan
+from riverrun.train import checkpoint, metrics, plot, universal
 from riverrun.train import engine as engines
 from riverrun.train.config import Recipe
 from riverrun.train.distributed import Ranks
@@ -72,7 +72,7 @@ def run(recipe: Recipe, run_dir: Path, resume: str, ranks: Ranks) -> Outcome:
     """
     accumulation = micro_batches(recipe, ranks.mesh.dp.size)
     with Interrupt() as interrupt:
-        start = ranks.first(lambda: find_start(run_dir, resume, recipe, ranks.world_size, _warn))
+        start = ranks.first(lambda: find_start(run_dir, resume, recipe, _warn))
         inputs = open_inputs(recipe, ranks, start.state["stores"] if start.state else None)
         model = build_model(recipe, ranks.mesh.tp)
         trainer = Trainer(recipe, run_dir, ranks, model, inputs, start, accumulation, interrupt)
@@ -148,9 +148,13 @@ class Trainer:
         self.first = ranks.rank == 0
         self.display = Display(False, 0, 0)
 
+        plan = parameter_plan(whole, ranks.mesh.tp.size)
+        shapes = {name: p.shape for name, p in whole.named_parameters()}
+        model.universal_checkpoint_info = universal.description(plan, shapes, ranks.mesh.tp.size)  # type: ignore[assignment]
         self.engine = engines.Engine(model, recipe.optimizer, recipe.train, recipe.engine, ranks, accumulation)
+        same = True
         if start.checkpoint is not None:
-            checkpoint.restore(start.checkpoint, self.engine, ranks)
+            same = checkpoint.restore(start.checkpoint, self.engine, recipe, ranks)
             assert self.engine.global_steps == start.step
             assert start.state is not None
             self.guard.restore(start.state["guard"])
@@ -165,6 +169,7 @@ class Trainer:
             self.file = metrics.MetricsFile(run_dir / "metrics.jsonl", self.step)
             self.display = Display(True, recipe.train.steps, self.step)
             where = f"from step {self.step} ({start.checkpoint})" if start.checkpoint else "from the beginning"
+            where += "" if same else ", resharded for this layout"
             self.display.say(
                 f"{recipe.name}: {parameters / 1e6:,.1f}M parameters, {recipe.train.dtype}, "
                 f"ZeRO-{recipe.engine.zero_stage} on {ranks.world_size} x {ranks.device.type} "
@@ -293,7 +298,7 @@ class Trainer:
         with self.clock.paused():
             state = {
                 "step": self.step,
-                "world_size": self.ranks.world_size,
+                "layout": checkpoint.layout_of(self.recipe, self.ranks),
                 "recipe": self.recipe.model_dump(mode="json"),
                 "stores": self.inputs.fingerprints,
                 "guard": self.guard.state(),

@@ -13,7 +13,7 @@ from riverrun.train.recipe import LABELS, difference, load_recipe
 
 # What a resumed run may do differently: none of it changes what the steps so far would have been, except train.steps
 # (the cosine schedule's length) and schedule.decay_steps, which exist to be extended. Results then agree to rounding
-# where micro batches, recompute, compile or the device differ, and bitwise where they do not.
+# where micro batches, recompute, compile, the device or the layout over ranks differ, and bitwise where they do not.
 MAY_CHANGE = (
     *LABELS,
     "data.held_out",
@@ -26,6 +26,8 @@ MAY_CHANGE = (
     "train.eval_rows",
     "schedule.decay_steps",
     "engine.device",
+    "engine.zero_stage",
+    "parallel",
     "engine.collective_timeout_minutes",
     "checkpoint",
     "log",
@@ -41,7 +43,7 @@ class Start:
     state: dict[str, Any] | None = None
 
 
-def find_start(run_dir: Path, resume: str, recipe: Recipe, world_size: int, say: Callable[[str], None]) -> Start:
+def find_start(run_dir: Path, resume: str, recipe: Recipe, say: Callable[[str], None]) -> Start:
     """Resolves `--resume auto|never|PATH` for a run folder.
 
     Args:
@@ -50,8 +52,8 @@ def find_start(run_dir: Path, resume: str, recipe: Recipe, world_size: int, say:
         say: is told of damaged checkpoints that are passed over.
 
     Raises:
-        ValueError: the folder belongs to something else, to a run of another recipe or another number of ranks, or
-            has checkpoints of which none is intact.
+        ValueError: the folder belongs to something else or to a run of another recipe, or has checkpoints of which
+            none is intact.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"--run-dir {run_dir} is a file: name a folder")
@@ -85,11 +87,6 @@ def find_start(run_dir: Path, resume: str, recipe: Recipe, world_size: int, say:
         return Start()
     state = checkpoint.read_state(found)
     _check_same(Recipe.model_validate_json(json.dumps(state["recipe"])), recipe, found)
-    if state["world_size"] != world_size:
-        raise ValueError(
-            f"checkpoint {found} was written by {state['world_size']} ranks, this run has {world_size}: "
-            f"start {state['world_size']} ranks"
-        )
     if state["step"] > recipe.train.steps:
         raise ValueError(f"checkpoint {found} is beyond train.steps={recipe.train.steps}: raise train.steps")
     return Start(state["step"], found, state)
