@@ -92,6 +92,7 @@ class Recipe(Section):
 
     name: str = "custom"
     description: str = ""
+    profile: bool = False  # trace a few steps with torch's profiler, into RUN_DIR/profile
     model: ModelOptions = ModelOptions()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()

@@ -28,6 +28,7 @@ from riverrun.train.distributed import Ranks
 from riverrun.train.guard import Diverged, Guard
 from riverrun.train.inputs import Inputs, open_inputs
 from riverrun.train.interrupt import Interrupt
+from riverrun.train.profile import Profiler
 from riverrun.train.progress import Display
 from riverrun.train.recipe import to_toml
 from riverrun.train.resume import Start, check_space, find_start
@@ -183,12 +184,15 @@ class Trainer:
     def train(self) -> Outcome:
         """Runs to the last step, or to a signal."""
         recipe, stopped, begun = self.recipe, 0, self.step
+        profiler = Profiler(self.run_dir, self.ranks.rank) if recipe.profile else None
         self.clock = Clock()
         if self.step == 0 and recipe.train.eval_every:
             self._evaluate()  # the untrained model, for the curve
         with Prefetcher(self.inputs.train.step, self.step, recipe.train.steps) as batches:
             while self.step < recipe.train.steps and not stopped:
                 stopped = self._step(batches.next())
+                if profiler is not None:
+                    profiler.step()
                 self.display.step(self.step)
                 if self._due(recipe.train.log_every):
                     self._record()
@@ -196,6 +200,8 @@ class Trainer:
                     self._evaluate()
                 if recipe.checkpoint.every and self._due(recipe.checkpoint.every):
                     self._save()
+        if profiler is not None:
+            profiler.close()
         if self.step > begun and not stopped and not recipe.train.eval_every:
             self._evaluate()
         if self.saved_step != self.step:

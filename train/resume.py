@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "engine.device",
     "engine.zero_stage",
     "parallel",
+    "profile",
     "engine.collective_timeout_minutes",
     "checkpoint",
     "log",

@@ -1,5 +1,6 @@
 """Whole runs in processes of their own. Killed, interrupted or out of disk, then resumed, they equal a whole one."""
 
+import gzip
 import json
 import signal
 import sys
@@ -209,3 +210,13 @@ def test_the_run_folder_describes_its_software(straight):
     assert {"torch", "deepspeed", "transformers", "riverrun"} <= json.loads(
         (straight / "versions.json").read_text()
     ).keys()
+
+
+def test_a_profile_is_written_once(tmp_path):
+    config = recipe(train={"steps": 9}).model_copy(update={"profile": True})
+    assert train(tmp_path / "run", config=config)[0] == 0
+    assert {p.name for p in (tmp_path / "run" / "profile").iterdir()} == {"rank_00000.json.gz", "operators.txt"}
+    with gzip.open(tmp_path / "run" / "profile" / "rank_00000.json.gz") as file:
+        names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
+    assert sum(name.startswith("ProfilerStep") for name in names) == 3
+    assert "aten::mm" in (tmp_path / "run" / "profile" / "operators.txt").read_text()
