@@ -7,7 +7,19 @@ from typer.core import TyperGroup
 
 from riverrun import __version__
 from riverrun.launch import console
-from riverrun.launch.commands import bench, config, data, doctor, export, generate, quickstart, recipes, reshard, train
+from riverrun.launch.commands import (
+    bench,
+    bench_context,
+    config,
+    data,
+    doctor,
+    export,
+    generate,
+    quickstart,
+    recipes,
+    reshard,
+    train,
+)
 from riverrun.launch.commands import eval as evaluation
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -73,6 +85,7 @@ app.command("export", rich_help_panel=MODELS)(export.export)
 app.command("import", rich_help_panel=MODELS)(export.import_)
 app.command("doctor", rich_help_panel=MACHINE)(doctor.doctor)
 app.command("bench", rich_help_panel=MACHINE)(bench.bench)
+app.command("bench-context", rich_help_panel=MACHINE)(bench_context.bench_context)
 app.command("quickstart", rich_help_panel=MACHINE)(quickstart.quickstart)
 
 

@@ -33,6 +33,7 @@ from riverrun.train import optim
 from riverrun.train.config import EngineConfig, OptimizerConfig, TrainConfig
 from riverrun.train.data.packing import Batch
 from riverrun.train.distributed import Ranks
+from riverrun.train.quiet import quiet
 from riverrun.train.shards import MASTER, Shards, Universal
 
 TAG = "zero"  # the folder of DeepSpeed's files in a checkpoint
@@ -81,7 +82,7 @@ class Engine:
         muon = optimizer.name == "muon"
         self._eager = partial(torch.compiler.set_stance, "force_eager") if muon else contextlib.nullcontext
         self._save_error: Exception | None = None
-        with _quiet():
+        with quiet():
             self._deepspeed = _build(model, optimizer, train, engine, ranks, accumulation, self.dtype)
             self._deepspeed.checkpoint_engine.save = self._save_file
         self.module: nn.Module = self._deepspeed.module
@@ -141,14 +142,14 @@ class Engine:
             OSError: on the ranks where writing failed; no rank is left waiting in a collective.
         """
         self._save_error = None
-        with _quiet():
+        with quiet():
             self._deepspeed.save_checkpoint(str(folder), tag=TAG, save_latest=False)
         if self._save_error is not None:
             raise OSError(f"cannot write {folder / TAG}: {self._save_error}") from self._save_error
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote, bit by bit, by ranks of the same layout with the same ZeRO stage."""
-        with _quiet():
+        with quiet():
             path, _ = self._deepspeed.load_checkpoint(str(folder), tag=TAG)
         assert path is not None, f"no DeepSpeed checkpoint in {folder}"
 
@@ -254,7 +255,7 @@ class Engine:
 
 def to_universal(folder: Path, out: Path) -> None:
     """Rewrites DeepSpeed's files in its universal format, whatever their layout."""
-    with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
         from deepspeed.checkpoint import ds_to_universal
 
         ds_to_universal.main(
@@ -272,7 +273,7 @@ def to_universal(folder: Path, out: Path) -> None:
 
 def versions() -> dict[str, str]:
     """Of the engine's libraries."""
-    with _quiet():
+    with quiet():
         import deepspeed
 
     return {"deepspeed": deepspeed.__version__}
@@ -386,15 +387,3 @@ def _settings(optimizer, train, engine, ranks, accumulation) -> dict[str, Any]:
         "dump_state": False,
         "checkpoint": {"tag_validation": "Ignore"},
     }
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without DeepSpeed's chatter on stdout and its messages below errors."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from riverrun.modeling.parallel.split import Split
+from riverrun.train.quiet import quiet
 
 MASTER = "fp32"  # the key of the full-precision weights, as in DeepSpeed's universal format
 
@@ -58,6 +59,7 @@ class Shards(Mapping[str, torch.Tensor]):
                     pieces.setdefault(name, []).append(piece)
                     self._numbers[name] = numbers
             self._pieces.append(pieces)
+        described = _load(_first(folder, "mp_rank_00_model_states.pt"))  # the others do not know of tied parameters
         self.aliases: dict[str, str] = described["shared_params"]
         self.counters: dict[str, int] = {k: described[k] for k in ("global_steps", "global_samples", "skipped_steps")}
 
@@ -98,10 +100,11 @@ class Universal(Mapping[str, torch.Tensor]):
 
     def __init__(self, folder: Path):
         self.folder = folder / "zero"
-        self._names = [p.parent.name for p in sorted(self.folder.glob("*/fp32.pt"))]
         described = _load(_first(folder, "mp_rank_00_model_states.pt"))
         self.aliases: dict[str, str] = described["shared_params"]
         self.counters: dict[str, int] = {k: described[k] for k in ("global_steps", "global_samples", "skipped_steps")}
+        found = sorted(p.parent.name for p in self.folder.glob("*/fp32.pt"))
+        self._names = [name for name in found if name not in self.aliases]
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.read(name, MASTER)
@@ -164,4 +167,5 @@ def _first(folder: Path, name: str) -> Path:
 
 
 def _load(file: Path) -> Any:
-    return torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+    with quiet():  # their classes are DeepSpeed's, which is imported when the first is read
+        return torch.load(file, map_location="cpu", weights_only=False, mmap=True)

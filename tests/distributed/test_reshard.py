@@ -20,7 +20,7 @@ from riverrun.train.universal import reshard
 def config(zero_stage=1, tp=1, cp=1, **train):
     """In fp32, with an eps that lets rounding stay rounding."""
     return recipe(
-        model={"layer_pattern": ["mamba2", "attention", "gated_delta"], "num_hidden_layers": 3, "gated_delta": GATED},
+        model=MODEL,
         train={"dtype": "fp32", "log_every": 1, "micro_batch_size": 2, **train},
         optimizer={"eps": 1e-3},
         engine={"zero_stage": zero_stage},
@@ -28,7 +28,12 @@ def config(zero_stage=1, tp=1, cp=1, **train):
     )
 
 
-GATED = {"num_heads": 2, "head_dim": 8, "num_householder": 2, "chunk_size": 8}
+MODEL = {
+    "layer_pattern": ["mamba2", "attention", "gated_delta"],
+    "num_hidden_layers": 3,
+    "tie_word_embeddings": True,
+    "gated_delta": {"num_heads": 2, "head_dim": 8, "num_householder": 2, "chunk_size": 8},
+}
 
 
 def train(run_dir, *options, world=1, kill=-1, resume="auto", **kwargs):
