@@ -75,11 +75,11 @@ class Shards(Mapping[str, torch.Tensor]):
 
     def keys_of(self, name: str) -> list[str]:
         """What there is of a parameter: "fp32", and the optimiser's tensors, such as "exp_avg"."""
-        return list(self._pieces[0][name][0].flat)
+        return list(self._pieces[0][self.aliases.get(name, name)][0].flat)
 
     def numbers_of(self, name: str) -> dict[str, Any]:
         """The optimiser's numbers, such as "step"."""
-        return self._numbers[name]
+        return self._numbers[self.aliases.get(name, name)]
 
     def read(self, name: str, key: str) -> torch.Tensor:
         """One whole tensor, on the CPU."""
@@ -117,13 +117,16 @@ class Universal(Mapping[str, torch.Tensor]):
         return len(self._names) + len(self.aliases)
 
     def keys_of(self, name: str) -> list[str]:
-        return [key for key in (MASTER, "exp_avg", "exp_avg_sq") if (self.folder / name / f"{key}.pt").exists()]
+        return [key for key in (MASTER, "exp_avg", "exp_avg_sq") if self._file(name, key).exists()]
 
     def numbers_of(self, name: str) -> dict[str, Any]:
-        return {"step": _load(self.folder / name / "step.pt")}
+        return {"step": _load(self._file(name, "step"))}
 
     def read(self, name: str, key: str) -> torch.Tensor:
-        return _load(self.folder / self.aliases.get(name, name) / f"{key}.pt")["param"]
+        return _load(self._file(name, key))["param"]
+
+    def _file(self, name: str, key: str) -> Path:
+        return self.folder / self.aliases.get(name, name) / f"{key}.pt"
 
 
 def _pieces_of(state: dict[str, Any], groups: list[dict[str, torch.Size]], rank: int):

@@ -60,7 +60,15 @@ def bench_context(
         return
     name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
     title = f"{mixer}, D={width}, {dtype}, B=1, {world} x {name}, torch {torch.__version__}: forward and backward"
-    columns: tuple[str, ...] = ("T", "one rank ms", f"{world} ranks ms", "speed-up", "of the ideal", "communication", "deviation")
+    columns: tuple[str, ...] = (
+        "T",
+        "one rank ms",
+        f"{world} ranks ms",
+        "speed-up",
+        "of the ideal",
+        "communication",
+        "deviation",
+    )
     cells: list[tuple[str, ...]] = [
         (
             f"{row.length:,}", f"{row.alone:.2f}", f"{row.shared:.2f}", f"{row.speedup:.2f}",
