@@ -1,4 +1,4 @@
-"""Groups of gloo ranks that stay alive for a whole test session, so that a distributed test costs no start-up."""
+"""Groups of ranks that stay alive for a whole test session, so that a distributed test costs no start-up."""
 
 import io
 import multiprocessing
@@ -19,9 +19,12 @@ PRELOAD = ["torch.distributed.device_mesh", "riverrun.modeling.model"]  # import
 
 
 class Group:
-    """`world` processes of one process group, each of which runs what it is told to and sends back the result."""
+    """`world` processes of one process group, each of which runs what it is told to and sends back the result.
 
-    def __init__(self, world: int):
+    Over gloo on the CPU, or over NCCL with a GPU each.
+    """
+
+    def __init__(self, world: int, backend: str = "gloo"):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         with socket.socket() as free:
@@ -32,7 +35,7 @@ class Group:
         with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
             for rank in range(world):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, rank, world, port), daemon=True)
+                process = context.Process(target=_serve, args=(theirs, rank, world, port, backend), daemon=True)
                 process.start()
                 self.pipes.append(ours)
                 self.processes.append(process)
@@ -56,11 +59,13 @@ class Group:
             process.kill()
 
 
-def _serve(pipe, rank: int, world: int, port: int) -> None:
+def _serve(pipe, rank: int, world: int, port: int, backend: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     # when one rank fails, the others wait that long for it before they fail too
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=120))
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=120))
     while True:
         try:
             module, name, args = pickle.loads(pipe.recv_bytes())

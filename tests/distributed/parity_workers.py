@@ -39,11 +39,11 @@ def micro_batches(step: int, mesh: Mesh, accumulation: int) -> list[Batch]:
     return batches
 
 
-def train(shape: str, cp: int, tp: int, stage: int, accumulation: int, recompute: bool):
+def train(shape: str, cp: int, tp: int, stage: int, accumulation: int, recompute: bool, device="cpu", dtype="fp32"):
     """STEPS steps of AdamW with clipping: the losses, the gradients' norms, and this rank's weights."""
     world = torch.distributed.get_world_size()
-    mesh = Mesh.of("cpu", world, cp=cp, tp=tp)
-    ranks = Ranks(torch.distributed.get_rank(), world, torch.distributed.get_rank(), torch.device("cpu"), mesh)
+    mesh, rank = Mesh.of(device, world, cp=cp, tp=tp), torch.distributed.get_rank()
+    ranks = Ranks(rank, world, rank, torch.device(device, rank if device == "cuda" else None), mesh)
     torch.manual_seed(0)
     model = build_sharded(RiverrunConfig.from_options(SHAPES[shape]), mesh.tp)
     model.set_recompute(recompute)
@@ -51,7 +51,7 @@ def train(shape: str, cp: int, tp: int, stage: int, accumulation: int, recompute
     engine = engines.Engine(
         model,
         OptimizerConfig(lr=2e-2, grad_clip=0.5, eps=1e-2),  # a small eps would turn rounding into whole steps
-        TrainConfig(dtype="fp32", micro_batch_size=micro, z_loss=1e-2),
+        TrainConfig(dtype=dtype, micro_batch_size=micro, z_loss=1e-2),
         EngineConfig(zero_stage=stage),
         ranks,
         accumulation,
@@ -66,5 +66,5 @@ def train(shape: str, cp: int, tp: int, stage: int, accumulation: int, recompute
     (held_out,) = ranks.total(sum(engine.evaluate(b).item() for b in micro_batches(99, mesh, accumulation)))
     parameters = dict(engine.module.named_parameters())
     with GatheredParameters(list(parameters.values()), enabled=stage == 3):
-        weights = {name: p.detach().clone() for name, p in parameters.items()}
+        weights = {name: p.detach().float().cpu() for name, p in parameters.items()}
     return losses, norms, held_out, weights, mesh.tp.rank
