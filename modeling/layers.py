@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from riverrun.kernels.causal_conv1d import causal_conv1d
 from riverrun.modeling.layout import Layout
+from riverrun.modeling.parallel.conv import context_conv1d
 from riverrun.modeling.projection import project
 
 
@@ -43,8 +44,6 @@ class ShortConv(nn.Module):
     def forward(self, x: torch.Tensor, layout: Layout, states: dict[str, torch.Tensor] | None, name: str):
         """x (B, T, dim), flattened if packed; reads and writes the tail `states[name]` (B, kernel − 1, dim)."""
         if layout.context is not None:
-            from riverrun.modeling.parallel.conv import context_conv1d
-
             return context_conv1d(layout.context, x, self.weight, self.bias, "silu")
         initial = states.get(name) if states is not None and layout.cu_seqlens is None else None
         x, tail = causal_conv1d(

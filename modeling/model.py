@@ -15,6 +15,7 @@ from riverrun.modeling.cache import RiverrunCache
 from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.layers import RMSNorm
 from riverrun.modeling.layout import Layout, rotary_tables
+from riverrun.modeling.mixers import MIXERS
 from riverrun.modeling.parallel.context import Context
 from riverrun.modeling.parallel.loss import sharded_cross_entropy, sharded_embedding
 from riverrun.modeling.parallel.mesh import ALONE, Axis
@@ -74,8 +75,8 @@ class RiverrunModel(nn.Module):
         if options.window is not None:
             past = min(past, options.window - 1)
         valid = cache.valid[:, cache.valid.shape[1] - past :] if cache is not None and cache.valid is not None else None
-        if layout.context is None:
-            layout.mask = layout.attention_mask(options.window, valid, past)
+        connected = layout.context is not None and layout.context.connected
+        layout.mask = (layout.rows if connected else layout).attention_mask(options.window, valid, past)  # type: ignore[union-attr]
         if options.rope:
             layout.rope = rotary_tables(layout.positions, options.head_dim, options.rope_theta, dtype)
 
@@ -148,6 +149,11 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 "a model that several ranks share (parallel.tp or parallel.cp above 1) computes only the loss of "
                 "`targets`: export it to generate or to get logits"
+            )
+        if context is not None and (alone := {m for m in self.model.options.layers if not MIXERS[m].context_parallel}):
+            raise ValueError(
+                f"{', '.join(sorted(alone))} cannot share rows among ranks (they do not heed layout.context): "
+                "set parallel.cp=1"
             )
         cache = past_key_values
         if cache is None and use_cache:

@@ -72,8 +72,10 @@ class EngineConfig(Section):
 class ParallelConfig(Section):
     tp: PositiveInt = 1  # tensor-parallel ranks: each has part of every layer's heads or channels
     cp: PositiveInt = (
-        1  # context-parallel ranks: each has part of every row's tokens; the remaining ranks have other rows
+        1  # context-parallel ranks: each has part of every row's tokens; what ranks remain have other rows
     )
+    linear: Literal["auto", "states", "heads"] = "auto"  # how cp ranks share linear recurrences: what goes between them
+    attention: Literal["auto", "ulysses", "ring"] = "auto"  # how they share attention: heads, or keys round a ring
 
 
 class CheckpointConfig(Section):
@@ -129,6 +131,11 @@ class Recipe(Section):
                 f"data.seq_len={self.data.seq_len} must be a multiple of parallel.cp={cp}: "
                 f"set data.seq_len={-(-self.data.seq_len // cp) * cp}"
             )
+        elif cp > 1 and self.data.seq_len // cp < (shortest := max(self._taps(), default=1) - 1):
+            found.append(
+                f"data.seq_len / parallel.cp = {self.data.seq_len // cp} tokens are fewer than the {shortest} that "
+                "convolutions look back: lower parallel.cp"
+            )
         elif (tokens := train.micro_batch_size * self.data.seq_len // cp) % tp:
             found.append(
                 f"train.micro_batch_size × data.seq_len / parallel.cp = {tokens} tokens must be a multiple of "
@@ -167,6 +174,9 @@ class Recipe(Section):
                 f"data.held_out={self.data.held_out} is also in data.train: evaluate on a store that is not trained on"
             )
         return found + self.missing()
+
+    def _taps(self) -> list[int]:
+        return [getattr(getattr(self.model, mixer), "conv_kernel", 1) for mixer in set(self.model.layer_pattern)]
 
     def missing(self) -> list[str]:
         """What only the user can name, and did not."""

@@ -30,12 +30,13 @@ from riverrun.modeling.parallel.context import Context
 from riverrun.modeling.parallel.mesh import ALONE, Mesh
 from riverrun.modeling.parallel.split import Split
 from riverrun.train import optim
-from riverrun.train.config import EngineConfig, OptimizerConfig, TrainConfig
+from riverrun.train.config import EngineConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from riverrun.train.data.packing import Batch
 from riverrun.train.distributed import Ranks
 from riverrun.train.quiet import quiet
 from riverrun.train.shards import MASTER, Shards, Universal
 
+AUTO = ParallelConfig()
 TAG = "zero"  # the folder of DeepSpeed's files in a checkpoint
 
 
@@ -56,6 +57,7 @@ class Engine:
     Args:
         model: on any device, in fp32, the same on every rank of `ranks.mesh.dpcp`: this rank's shard of it.
         accumulation: micro batches a rank and step.
+        parallel: how context-parallel ranks share recurrences and attention.
 
     Raises:
         ValueError: a combination of settings that would not train what it says.
@@ -69,6 +71,7 @@ class Engine:
         engine: EngineConfig,
         ranks: Ranks,
         accumulation: int,
+        parallel: ParallelConfig = AUTO,
     ):
         if optimizer.name == "muon" and engine.zero_stage != 1:
             raise ValueError(
@@ -76,6 +79,7 @@ class Engine:
                 "orthogonalised update instead of the gradient"
             )
         self.ranks, self.accumulation, self.z_loss = ranks, accumulation, train.z_loss
+        self.parallel = parallel
         self.dtype = torch.bfloat16 if train.dtype == "bf16" else torch.float32
         self.stage = engine.zero_stage
         # Muon's functions come decorated with torch.compile: not worth a compiler's start-up, so they run as they are
@@ -219,7 +223,8 @@ class Engine:
             options["cu_seqlens"] = batch.cu_seqlens
         else:
             rows, length = batch.input_ids.shape
-            options["context"] = Context.of_rows(cp, rows, length, batch.cu_seqlens.tolist(), device)
+            methods = self.parallel.linear, self.parallel.attention
+            options["context"] = Context.of_rows(cp, rows, length, batch.cu_seqlens.tolist(), device, *methods)
             batch = batch.shard(cp.share(length)).to(device)
         return self._deepspeed(input_ids=batch.input_ids, targets=batch.targets, **options)
 
@@ -284,6 +289,7 @@ def _build(model, optimizer, train, engine, ranks, accumulation, dtype) -> Any:
     deepspeed = _deepspeed(ranks)
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.utils import groups as groups_of_deepspeed
 
     class Zero(DeepSpeedEngine):
         def _cast_module_mixed_precision(self, *_: Any) -> None:
@@ -300,6 +306,7 @@ def _build(model, optimizer, train, engine, ranks, accumulation, dtype) -> Any:
     groups = optim.parameter_groups(model, optimizer)
     settings = _settings(optimizer, train, engine, ranks, accumulation)
     mpu = _ModelParallel(ranks.mesh) if ranks.mesh.tp.size > 1 else None
+    groups_of_deepspeed.mpu = mpu  # which otherwise keeps that of an earlier engine of this process
     os.environ["LOCAL_RANK"] = str(ranks.local_rank)  # DeepSpeed insists on finding it there
     deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False, verbose=False)
     return Zero(

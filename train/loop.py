@@ -152,7 +152,9 @@ class Trainer:
         plan = parameter_plan(whole, ranks.mesh.tp.size)
         shapes = {name: p.shape for name, p in whole.named_parameters()}
         model.universal_checkpoint_info = universal.description(plan, shapes, ranks.mesh.tp.size)  # type: ignore[assignment]
-        self.engine = engines.Engine(model, recipe.optimizer, recipe.train, recipe.engine, ranks, accumulation)
+        self.engine = engines.Engine(
+            model, recipe.optimizer, recipe.train, recipe.engine, ranks, accumulation, recipe.parallel
+        )
         same = True
         if start.checkpoint is not None:
             same = checkpoint.restore(start.checkpoint, self.engine, recipe, ranks)

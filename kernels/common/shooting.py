@@ -254,7 +254,7 @@ def solve(
     if max_passes:
         passes, change = _shoot(cell, gates, weight, initial_state, states, chunks, tolerance, max_passes)
         converged = change <= tolerance
-        _record(name, passes, change, converged)
+        record_solve(name, passes, change, converged)
     else:
         statistics_of(name).sequential += 1
     if not converged:
@@ -331,7 +331,8 @@ def _split(chunks: Chunks, x: torch.Tensor) -> torch.Tensor:
     return x if _whole_rows(chunks) else chunks.split(x)
 
 
-def _record(name: str, passes: int, change: float, converged: bool) -> None:
+def record_solve(name: str, passes: int, change: float, converged: bool) -> None:
+    """Counts a solve that the host knows the outcome of, and warns of one that did not converge."""
     statistics = statistics_of(name)
     statistics.pieces += 1
     statistics.passes = max(statistics.passes, passes)

@@ -3,10 +3,12 @@
 import torch
 
 from riverrun.kernels.common.backend import check_shape, resolve_backend
-from riverrun.kernels.gated_delta.chunked import gated_delta_chunked
+from riverrun.kernels.gated_delta.chunked import gated_delta_chunked, gated_delta_summary
 from riverrun.kernels.gated_delta.reference import gated_delta_reference
 
 LARGEST, MOST_STEPS = 256, 64  # head size and Householder steps a token of the Triton kernels
+
+__all__ = ["gated_delta", "gated_delta_summary"]
 
 
 def gated_delta(

@@ -3,9 +3,11 @@
 import torch
 
 from riverrun.kernels.common.backend import check_shape, resolve_backend
-from riverrun.kernels.ssd.chunked import ssd_chunked
+from riverrun.kernels.ssd.chunked import ssd_chunked, ssd_summary
 from riverrun.kernels.ssd.reference import ssd_reference
 from riverrun.kernels.ssd.steps import step_sizes
+
+__all__ = ["ssd", "ssd_summary"]
 
 
 def ssd(

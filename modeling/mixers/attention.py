@@ -8,6 +8,7 @@ from riverrun.modeling.layers import RMSNorm
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import AttentionOptions
 from riverrun.modeling.mixers.base import Mixer, States, register
+from riverrun.modeling.parallel.attention import context_attention
 from riverrun.modeling.parallel.mesh import ALONE, Axis
 from riverrun.modeling.parallel.norm import sharded_rms_norm
 from riverrun.modeling.parallel.split import Plan
@@ -18,6 +19,7 @@ from riverrun.modeling.projection import project
 class Attention(Mixer):
     """Causal attention through torch's SDPA. Its gradient of q on CUDA differs in the last bits from run to run."""
 
+    context_parallel = True
     traceable = True
 
     def __init__(self, options: AttentionOptions, hidden_size: int, norm_eps: float):
@@ -52,9 +54,12 @@ class Attention(Mixer):
             window = self.options.window
             keep = k.shape[2] if window is None else min(k.shape[2], window - 1)
             states["k"], states["v"] = k[:, :, k.shape[2] - keep :], v[:, :, v.shape[2] - keep :]
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=layout.mask, is_causal=layout.mask is None and q.shape[2] > 1, enable_gqa=True
-        )
+        if layout.context is not None:
+            y = context_attention(layout, q, k, v, self.options.window)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=layout.mask, is_causal=layout.mask is None and q.shape[2] > 1, enable_gqa=True
+            )
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def _splits_kv(self, tp: int) -> bool:

@@ -25,6 +25,7 @@ class Mixer(nn.Module, ABC):
     """
 
     tp: Axis = ALONE  # the ranks that share its heads or channels; its parameters are this rank's shards
+    context_parallel = False  # `forward` heeds `layout.context`, where a row's tokens lie on several ranks
     traceable = False  # torch.compile traces `forward`; other mixers run eagerly inside a compiled block
 
     @abstractmethod

@@ -10,6 +10,7 @@ from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, i
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import GatedDeltaOptions
 from riverrun.modeling.mixers.base import Mixer, States, register
+from riverrun.modeling.parallel.linear import context_gated_delta
 from riverrun.modeling.parallel.split import Plan, Split
 from riverrun.modeling.projection import project
 
@@ -17,6 +18,8 @@ from riverrun.modeling.projection import project
 @register("gated_delta")
 class GatedDelta(Mixer):
     """n Householder steps a token: keys, values and β of step j are channels (j, head, ·) of their projections."""
+
+    context_parallel = True
 
     def __init__(self, options: GatedDeltaOptions, hidden_size: int, norm_eps: float):
         super().__init__()
@@ -54,13 +57,17 @@ class GatedDelta(Mixer):
         if o.use_gate:
             dt = F.softplus(at_least_fp32(parts["a"]) + at_least_fp32(self.dt_bias))
             g = -at_least_fp32(self.A_log).exp() * dt
-        y, state = gated_delta(
-            q, k, v, beta, g, qk_l2norm=True, beta_max=2.0 if o.allow_neg_eigval else 1.0,
-            initial_state=None if states is None or layout.cu_seqlens is not None else states.get("delta"),
-            cu_seqlens=layout.cu_seqlens, chunk_size=o.chunk_size,
-        )  # fmt: skip
-        if states is not None:
-            states["delta"] = layout.last(state)
+        beta_max = 2.0 if o.allow_neg_eigval else 1.0
+        if layout.context is not None:
+            y = context_gated_delta(layout.context, q, k, v, beta, g, beta_max=beta_max, chunk_size=o.chunk_size)
+        else:
+            y, state = gated_delta(
+                q, k, v, beta, g, qk_l2norm=True, beta_max=beta_max,
+                initial_state=None if states is None or layout.cu_seqlens is not None else states.get("delta"),
+                cu_seqlens=layout.cu_seqlens, chunk_size=o.chunk_size,
+            )  # fmt: skip
+            if states is not None:
+                states["delta"] = layout.last(state)
         gate = parts["g"].unflatten(-1, (-1, V)) if o.output_gate else None
         y = gated_rms_norm(y, gate, self.norm_weight, eps=o.norm_eps, norm_before_gate=True)
         return layout.unflatten(self.o_proj(y.flatten(2)))

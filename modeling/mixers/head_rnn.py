@@ -23,6 +23,7 @@ from riverrun.modeling.layers import ShortConv
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import HeadRNNOptions, SLSTMOptions
 from riverrun.modeling.mixers.base import Mixer, States, register
+from riverrun.modeling.parallel.head_rnn import context_head_rnn
 from riverrun.modeling.parallel.split import Plan
 from riverrun.modeling.projection import project
 
@@ -34,6 +35,7 @@ class _HeadRNN(Mixer):
     num_gates: int
     num_states: int
     keeping_gate: int | None  # which gate keeps the state where it is large
+    context_parallel = True
     flops: float  # a channel of one step beyond the products, a transcendental counted as one
 
     def __init__(self, options: HeadRNNOptions, hidden_size: int, conv_channels: int):
@@ -55,8 +57,11 @@ class _HeadRNN(Mixer):
 
     def recur(self, gates: torch.Tensor, layout: Layout, states: States | None) -> torch.Tensor:
         """Pre-activations (B, T, G, inner) without their bias → h (B, T, H, K)."""
+        gates = (gates + self.gate_bias).unflatten(-1, (-1, self.options.head_dim))
+        if layout.context is not None:
+            return context_head_rnn(layout.context, gates, self.recurrent_weight, self.cell)
         h, state = head_rnn(
-            (gates + self.gate_bias).unflatten(-1, (-1, self.options.head_dim)), self.recurrent_weight, self.cell,
+            gates, self.recurrent_weight, self.cell,
             initial_state=None if states is None or layout.cu_seqlens is not None else states.get("cell"),
             cu_seqlens=layout.cu_seqlens,
         )  # fmt: skip

@@ -8,6 +8,7 @@ from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, i
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import Mamba2Options
 from riverrun.modeling.mixers.base import Mixer, States, register
+from riverrun.modeling.parallel.linear import context_ssd
 from riverrun.modeling.parallel.norm import sharded_rms_norm
 from riverrun.modeling.parallel.split import Plan
 from riverrun.modeling.projection import project
@@ -16,6 +17,8 @@ from riverrun.modeling.projection import project
 @register("mamba2")
 class Mamba2(Mixer):
     """z, x, B, C, dt are projections of their own; the norm acts on each of the G groups, after the gate."""
+
+    context_parallel = True
 
     def __init__(self, options: Mamba2Options, hidden_size: int, norm_eps: float):
         super().__init__()
@@ -44,14 +47,18 @@ class Mamba2(Mixer):
         x = self.x_conv(x, layout, states, "x_conv").unflatten(-1, (-1, o.head_dim))
         B = self._groups(self.B_conv(B, layout, states, "B_conv"))
         C = self._groups(self.C_conv(C, layout, states, "C_conv"))
-        y, state = ssd(
-            x, dt, -at_least_fp32(self.A_log).exp(), B, C, at_least_fp32(self.D),
-            dt_bias=at_least_fp32(self.dt_bias), dt_softplus=True,
-            initial_state=None if states is None or layout.cu_seqlens is not None else states.get("ssd"),
-            cu_seqlens=layout.cu_seqlens, chunk_size=o.chunk_size,
-        )  # fmt: skip
-        if states is not None:
-            states["ssd"] = layout.last(state)
+        inputs = (x, dt, -at_least_fp32(self.A_log).exp(), B, C, at_least_fp32(self.D))
+        dt_bias = at_least_fp32(self.dt_bias)
+        if layout.context is not None:
+            y = context_ssd(layout.context, *inputs, dt_bias=dt_bias, chunk_size=o.chunk_size)
+        else:
+            y, state = ssd(
+                *inputs, dt_bias=dt_bias, dt_softplus=True,
+                initial_state=None if states is None or layout.cu_seqlens is not None else states.get("ssd"),
+                cu_seqlens=layout.cu_seqlens, chunk_size=o.chunk_size,
+            )  # fmt: skip
+            if states is not None:
+                states["ssd"] = layout.last(state)
         y = sharded_rms_norm(y.flatten(2), z, self.norm_weight, self.tp, eps=o.norm_eps, groups=o.num_groups)
         return layout.unflatten(self.o_proj(y))
 

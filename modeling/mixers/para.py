@@ -21,7 +21,9 @@ from riverrun.modeling.layers import RMSNorm, ShortConv, at_least_fp32
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import ParaGRUOptions, ParaLSTMOptions
 from riverrun.modeling.mixers.base import Mixer, States, register
+from riverrun.modeling.parallel.context import Context
 from riverrun.modeling.parallel.norm import sharded_rms_norm
+from riverrun.modeling.parallel.para import context_para_gru, context_para_lstm
 from riverrun.modeling.parallel.split import Plan
 from riverrun.modeling.projection import project
 
@@ -46,6 +48,8 @@ class BlockDiagonalGates(nn.Module):
 
 
 class _ParaMixer(Mixer):
+    context_parallel = True
+
     def __init__(self, options: ParaGRUOptions | ParaLSTMOptions, hidden_size: int, norm_eps: float):
         super().__init__()
         self.options = options
@@ -62,14 +66,21 @@ class _ParaMixer(Mixer):
     def cell(self, gates: torch.Tensor, state: torch.Tensor | None, cu_seqlens: torch.Tensor | None):
         """gates (B, T, 3, D) → h (B, T, D) and the final state."""
 
+    @abstractmethod
+    def shared_cell(self, gates: torch.Tensor, context: Context) -> torch.Tensor:
+        """The same for rows that several ranks share: this rank's h."""
+
     def forward(self, hidden: torch.Tensor, layout: Layout, states: States | None = None) -> torch.Tensor:
         hidden = layout.flatten(hidden)
         u, z = project(hidden, self.u_proj, self.z_proj)
         u = self.conv(u, layout, states, "conv")
-        initial = None if states is None or layout.cu_seqlens is not None else states.get("cell")
-        h, state = self.cell(self.gates(u), initial, layout.cu_seqlens)
-        if states is not None:
-            states["cell"] = layout.last(state)
+        if layout.context is not None:
+            h = self.shared_cell(self.gates(u), layout.context)
+        else:
+            initial = None if states is None or layout.cu_seqlens is not None else states.get("cell")
+            h, state = self.cell(self.gates(u), initial, layout.cu_seqlens)
+            if states is not None:
+                states["cell"] = layout.last(state)
         y = sharded_rms_norm(h, z, self.norm.weight, self.tp, eps=self.norm.eps, norm_before_gate=True)
         return layout.unflatten(self.o_proj(y))
 
@@ -97,6 +108,11 @@ class ParaGRU(_ParaMixer):
             cu_seqlens=cu_seqlens, tolerance=self.options.tolerance,
         )  # fmt: skip
 
+    def shared_cell(self, gates, context):
+        return context_para_gru(
+            context, gates, self.bounded(self.recurrent_weight), bias=self.gates.bias, tolerance=self.options.tolerance
+        )  # fmt: skip
+
     def mixing_flops(self, seq_len: int) -> float:
         return 20.0 * self.inner  # one sequential evaluation of the cell, a transcendental counted as one
 
@@ -116,6 +132,12 @@ class ParaLSTM(_ParaMixer):
         return para_lstm(
             gates, self.bounded(self.recurrent_weight), self.bounded(self.peephole), bias=self.gates.bias,
             initial_state=state, cu_seqlens=cu_seqlens, tolerance=self.options.tolerance,
+        )  # fmt: skip
+
+    def shared_cell(self, gates, context):
+        return context_para_lstm(
+            context, gates, self.bounded(self.recurrent_weight), self.bounded(self.peephole), bias=self.gates.bias,
+            tolerance=self.options.tolerance,
         )  # fmt: skip
 
     def reset_parameters(self) -> None:

@@ -12,6 +12,8 @@ import torch
 from riverrun.modeling.parallel.collectives import all_gather, depend
 from riverrun.modeling.parallel.mesh import Axis
 
+Apply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Context:
@@ -29,8 +31,14 @@ class Context:
         joins: joins[r][b]: the first token of shard r of row b belongs to the document that shard r − 1 ends with.
         passes: passes[r][b]: shard r of row b joins, and nothing but that document is in it.
         row_seqlens: (D + 1,) int32 bounds of the documents of the B whole rows, T · size tokens each, on the device.
+        row_bounds: the same if any document begins inside a row, else None: the whole rows as an op sees a batch.
         tail_tokens: (N,) int64 the places, among the B·T tokens, of every row's last piece; None: of all tokens.
         tail_seqlens: (B + 1,) int32 bounds of those pieces among the N tokens; None if `tail_tokens` is.
+        first_of_last: (B,) int64 where in its row of the shard each row's last piece begins; None if `tail_tokens` is.
+        linear: how linear recurrences share rows: by "states" that are handed on, by "heads" that are moved, or "auto":
+            whichever moves fewer bytes.
+        attention: how attention does: by "ulysses", which moves heads, "ring", which passes keys round, or "auto":
+            heads if they divide.
     """
 
     axis: Axis
@@ -41,12 +49,23 @@ class Context:
     joins: tuple[tuple[bool, ...], ...]
     passes: tuple[tuple[bool, ...], ...]
     row_seqlens: torch.Tensor
+    row_bounds: torch.Tensor | None
     tail_tokens: torch.Tensor | None
     tail_seqlens: torch.Tensor | None
+    first_of_last: torch.Tensor | None
+    linear: str
+    attention: str
 
     @classmethod
     def of_rows(
-        cls, axis: Axis, rows: int, length: int, cu_seqlens: Sequence[int], device: torch.device | str
+        cls,
+        axis: Axis,
+        rows: int,
+        length: int,
+        cu_seqlens: Sequence[int],
+        device: torch.device | str,
+        linear: str = "auto",
+        attention: str = "auto",
     ) -> "Context":
         """This rank's part of `rows` rows of `length` tokens.
 
@@ -89,12 +108,14 @@ class Context:
             return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
         whole = len(bounds) == rows + 1
-        tail_tokens = tail_seqlens = None
+        tail_tokens = tail_seqlens = first_of_last = None
         if not whole:
             pieces = [range(bounds[i], bounds[i + 1]) for i in last]
             tail_tokens = ints([token for piece in pieces for token in piece])
             sizes = torch.tensor([0, *map(len, pieces)]).cumsum(0)
             tail_seqlens = ints(sizes.tolist(), torch.int32)
+            first_of_last = ints([piece.start % T for piece in pieces])
+        row_seqlens = ints(cu_seqlens, torch.int32)
         return cls(
             axis,
             (rows, T),
@@ -103,15 +124,32 @@ class Context:
             ints(last),
             tuple(map(tuple, joins)),
             tuple(map(tuple, passes)),
-            ints(cu_seqlens, torch.int32),
+            row_seqlens,
+            None if len(cu_seqlens) == rows + 1 else row_seqlens,
             tail_tokens,
             tail_seqlens,
+            first_of_last,
+            linear,
+            attention,
         )
 
     @property
     def connected(self) -> bool:
         """Whether any document crosses from a shard to the next, of any rank: if not, nothing need be exchanged."""
         return any(any(row) for row in self.joins)
+
+    def takes_heads(self, heads: int, cheaper: bool) -> bool:
+        """Whether a linear recurrence of that many heads is to move them, where `cheaper` says what "auto" would.
+
+        Raises:
+            ValueError: `linear` is "heads", and they do not divide among the ranks.
+        """
+        if self.linear == "heads" and heads % self.axis.size:
+            raise ValueError(
+                f"parallel.linear='heads' cannot share {heads} heads among parallel.cp={self.axis.size} ranks: "
+                "use parallel.linear='states'"
+            )
+        return self.linear == "heads" or (self.linear == "auto" and cheaper)
 
     def tail(self, x: torch.Tensor) -> torch.Tensor:
         """What the end of the shard depends on: x (B, T, …) as it is if the rows are whole, else of (1, B·T, …) the
@@ -129,27 +167,37 @@ class Context:
         """(B,) flags that broadcast against `like` (B, …)."""
         return torch.tensor(flags, device=like.device).view(-1, *(1,) * (like.dim() - 1))
 
-    def incoming(
-        self,
-        added: torch.Tensor,
-        transfer: torch.Tensor,
-        apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.mul,
-    ) -> torch.Tensor:
+    @property
+    def chain(self) -> int:
+        """How many shards in a row, at most, a state passes through on its way to another: what enters the shard after
+        them depends on what entered the first."""
+        longest = 0
+        for row in zip(*self.passes[:-1]):
+            run = 0
+            for passed in row:
+                run = run + 1 if passed else 0
+                longest = max(longest, run)
+        return longest
+
+    def incoming(self, added: torch.Tensor, transfer: torch.Tensor | None, apply: Apply = torch.mul) -> torch.Tensor:
         """The states (B, …) that enter this shard, of an affine recurrence; one gathering each way.
 
         Args:
             added: (B, …) the states at the ends of the rows' last pieces when each begins with zeros, in float32.
             transfer: (B, …) how such a state depends on the one before the piece: state = apply(transfer, before) +
-                added. It counts only where the piece is the whole shard.
+                added. It counts only where the piece is the whole shard; None if `chain` is 0, where it never does.
         """
+        assert transfer is not None or self.chain == 0
         numbers = added[0].numel()
-        both = torch.cat([added.flatten(1), transfer.flatten(1).to(added.dtype)], dim=1)
-        gathered = all_gather(both[None], self.axis)  # (size, B, numbers of both)
+        both = [added.flatten(1)] + ([transfer.flatten(1).to(added.dtype)] if transfer is not None else [])
+        gathered = all_gather(torch.cat(both, dim=1)[None], self.axis)  # (size, B, numbers of both)
         parts = gathered[..., :numbers].unflatten(-1, added.shape[1:])
-        transfers = gathered[..., numbers:].unflatten(-1, transfer.shape[1:])
         state = torch.zeros_like(added)
         for r in range(self.axis.rank):
-            passed = apply(transfers[r], state)
-            state = parts[r] + torch.where(self.mask(self.passes[r], passed), passed, 0)
+            passed = None
+            if transfer is not None and any(self.passes[r]):
+                passed = apply(gathered[r, :, numbers:].unflatten(-1, transfer.shape[1:]), state)
+                passed = torch.where(self.mask(self.passes[r], passed), passed, 0)
+            state = parts[r] if passed is None else parts[r] + passed
         state = torch.where(self.mask(self.joins[self.axis.rank], state), state, 0)
         return depend(state, gathered)  # on the first rank too: the gathering's backward pass is a collective

@@ -20,6 +20,15 @@ LAYOUTS = [
     (4, 1, 2, 2, 1, False),
     (4, 1, 2, 3, 2, False),
     (4, 1, 4, 1, 2, False),
+    (2, 2, 1, 1, 2, True),
+    (2, 2, 1, 2, 1, False),
+    (2, 2, 1, 3, 1, True),
+    (4, 2, 1, 1, 1, False),
+    (4, 2, 1, 3, 2, True),
+    (4, 4, 1, 2, 1, True),
+    (4, 2, 2, 1, 2, True),
+    (4, 2, 2, 2, 1, False),
+    (4, 2, 2, 3, 1, True),
 ]
 
 
@@ -62,4 +71,4 @@ def test_layouts(ranks, layout):
 
 @pytest.mark.parametrize("shape", MIXERS)
 def test_mixers(ranks, shape):
-    assert_parity(ranks, shape, (2, 1, 2, 1, 1, False))
+    assert_parity(ranks, shape, (4, 2, 2, 1, 1, True))

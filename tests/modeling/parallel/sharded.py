@@ -75,7 +75,7 @@ def batch():
     return ids, targets
 
 
-def part(shape: str, cp: int, tp: int, recompute: bool, bounds: list[int]):
+def part(shape: str, cp: int, tp: int, recompute: bool, bounds: list[int], linear="auto", attention="auto"):
     """On a rank: its part of the loss and its parameters' gradients."""
     mesh = Mesh.of("cpu", cp * tp, cp=cp, tp=tp)
     torch.manual_seed(0)
@@ -85,7 +85,7 @@ def part(shape: str, cp: int, tp: int, recompute: bool, bounds: list[int]):
     if cp == 1:
         given = {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}
     else:
-        given = {"context": Context.of_rows(mesh.cp, ROWS, LENGTH, bounds, "cpu")}
+        given = {"context": Context.of_rows(mesh.cp, ROWS, LENGTH, bounds, "cpu", linear, attention)}
         ids, targets = (x[:, mesh.cp.share(LENGTH)] for x in (ids, targets))
     out = model(ids, targets=targets, num_targets=10, z_loss=Z_LOSS, **given)
     out.loss.backward()
@@ -118,5 +118,5 @@ def assert_parts_make_the_whole(results, shape: str, cp: int, tp: int, bounds: l
                 torch.testing.assert_close(other, of_tp[0])
         got = of_tp[0] if split is None else split.join(of_tp)
         scale = param.grad.abs().max()
-        assert scale > 0, name
-        assert (got - param.grad).abs().max() < 1e-9 * scale, name
+        assert scale > 0 or bounds != BOUNDS, name  # with documents of one token, decays have no gradient
+        assert (got - param.grad).abs().max() <= 1e-9 * scale + 1e-13, name

@@ -1,0 +1,47 @@
+"""Softmax attention over shards of rows: heads are moved (Ulysses, arXiv 2309.14509), or keys go round a ring."""
+
+import torch
+from torch.nn import functional as F
+
+from riverrun.modeling.layout import Layout
+from riverrun.modeling.parallel.collectives import all_to_all
+from riverrun.modeling.parallel.ring import ring_attention
+
+
+def context_attention(
+    layout: Layout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None
+) -> torch.Tensor:
+    """Causal attention of rows that several ranks share, within documents.
+
+    Args:
+        layout: of the shard; its `mask` is that of the whole rows.
+        q: (B, H, T, d), of this rank's tokens, turned by their positions.
+        k, v: (B, H_kv, T, d).
+
+    Returns:
+        (B, H, T, d)
+
+    Raises:
+        ValueError: heads are to be moved and do not divide among the ranks.
+    """
+    context = layout.context
+    assert context is not None and layout.rows is not None
+    axis, heads, kv_heads = context.axis, q.shape[1], k.shape[1]
+    if not context.connected:
+        return _attend(q, k, v, layout.mask)
+    divides = heads % axis.size == 0 and (kv_heads % axis.size == 0 or axis.size % kv_heads == 0)
+    if context.attention == "ulysses" and not divides:
+        raise ValueError(
+            f"parallel.attention='ulysses' cannot share a tensor-parallel rank's {heads} heads and {kv_heads} key heads "
+            f"among parallel.cp={axis.size} ranks: use parallel.attention='ring'"
+        )
+    if context.attention == "ring" or not divides:
+        return ring_attention(q, k, v, layout.rows.documents(), window, axis)
+    if kv_heads % axis.size:  # each rank's queries share one key head, which goes to all ranks that need it
+        k, v = (x.repeat_interleave(axis.size // kv_heads, dim=1) for x in (k, v))
+    q, k, v = (all_to_all(x, axis, split=1, join=2) for x in (q, k, v))
+    return all_to_all(_attend(q, k, v, layout.mask), axis, split=2, join=1)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)

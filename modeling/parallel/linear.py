@@ -1,0 +1,96 @@
+"""Linear recurrences over shards of rows: between ranks goes what a shard does to the state that enters it.
+
+A shard turns the state S that enters it into M S + E. Every rank gathers all M and E, once each way, and folds those
+of the ranks before it: as in LASP-2 (arXiv 2502.07563), for any affine recurrence and packed documents. The other way,
+`method="heads"`, see `modeling.parallel.heads`.
+"""
+
+from functools import partial
+
+import torch
+
+from riverrun.kernels.gated_delta import gated_delta, gated_delta_summary
+from riverrun.kernels.ssd import ssd, ssd_summary
+from riverrun.modeling.parallel.collectives import all_gather
+from riverrun.modeling.parallel.context import Context
+from riverrun.modeling.parallel.heads import from_heads, shares_heads, to_heads
+
+
+def context_ssd(
+    context: Context,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    *,
+    dt_bias: torch.Tensor,
+    chunk_size: int,
+) -> torch.Tensor:
+    """`ssd` with softplus of dt + dt_bias, of rows that several ranks share: this rank's y. x (B, T, H, P), or
+    (1, B·T, H, P) if documents begin inside rows, and so the others."""
+    (H, P), (G, N) = x.shape[2:], B.shape[2:]
+    op = partial(ssd, dt_softplus=True, chunk_size=chunk_size)
+    if not context.connected:
+        return op(x, dt, A, B, C, D, dt_bias=dt_bias, cu_seqlens=context.cu_seqlens)[0]
+    moved = (2 * H * P + H + 2 * G * N) * x.element_size()
+    if context.takes_heads(H, shares_heads(H, moved, 4 * H * (P * N + 1), context)):
+        mine = context.axis.share(H)
+        B, C = (_groups(t, H, context) for t in (B, C))
+        x, dt = to_heads(x, context, 2), to_heads(dt, context, 2)
+        y, _ = op(x, dt, A[mine], B, C, D[mine], dt_bias=dt_bias[mine], cu_seqlens=context.row_bounds)
+        return from_heads(y, context, 2)
+    decay, added = ssd_summary(
+        context.tail(x), context.tail(dt), A, context.tail(B), dt_bias=dt_bias, dt_softplus=True,
+        cu_seqlens=context.tail_seqlens, chunk_size=chunk_size,
+    )  # fmt: skip
+    initial = context.initial(context.incoming(added, decay[..., None, None] if context.chain else None))
+    return op(x, dt, A, B, C, D, dt_bias=dt_bias, initial_state=initial, cu_seqlens=context.cu_seqlens)[0]
+
+
+def _groups(x: torch.Tensor, H: int, context: Context) -> torch.Tensor:
+    """B or C (…, G, N) of the whole rows: the groups of this rank's heads."""
+    G, size = x.shape[2], context.axis.size
+    if G % size == 0:
+        return to_heads(x, context, 2)
+    heads, shared = H // size, H // G  # of a rank, of a group
+    if heads % shared and shared % heads:
+        raise ValueError(
+            f"parallel.linear='heads' cannot give {size} ranks {heads} heads each of groups of {shared}: "
+            "use parallel.linear='states'"
+        )
+    rows = all_gather(x.view(*context.shape, *x.shape[2:]), context.axis, dim=1)
+    first = context.axis.rank * heads // shared
+    rows = rows[:, :, first : first + max(1, heads // shared)]
+    return rows if context.row_bounds is None else rows.flatten(0, 1)[None]
+
+
+def context_gated_delta(
+    context: Context,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    g: torch.Tensor | None,
+    *,
+    beta_max: float,
+    chunk_size: int,
+) -> torch.Tensor:
+    """`gated_delta` with keys and queries of unit length, of rows that several ranks share: this rank's o. q
+    (B, T, H, K), or (1, B·T, H, K) if documents begin inside rows, and so the others."""
+    (H, K), V, n = q.shape[2:], v.shape[-1], k.shape[2]
+    op = partial(gated_delta, qk_l2norm=True, beta_max=beta_max, chunk_size=chunk_size)
+    if not context.connected:
+        return op(q, k, v, beta, g, cu_seqlens=context.cu_seqlens)[0]
+    moved = H * (K + n * (K + V + 2) + V + 2) * q.element_size()
+    if context.takes_heads(H, shares_heads(H, moved, 4 * H * K * (K + V), context)):
+        q, k, v, beta = (to_heads(t, context, dim) for t, dim in ((q, 2), (k, 3), (v, 3), (beta, 3)))
+        g = None if g is None else to_heads(g, context, 2)
+        return from_heads(op(q, k, v, beta, g, cu_seqlens=context.row_bounds)[0], context, 2)
+    transfer, added = gated_delta_summary(
+        context.tail(k), context.tail(v), context.tail(beta), None if g is None else context.tail(g), qk_l2norm=True,
+        cu_seqlens=context.tail_seqlens, with_transfer=context.chain > 0, chunk_size=chunk_size,
+    )  # fmt: skip
+    initial = context.initial(context.incoming(added, transfer, torch.matmul))
+    return op(q, k, v, beta, g, initial_state=initial, cu_seqlens=context.cu_seqlens)[0]
