@@ -18,8 +18,8 @@ def bench(
     op: Annotated[
         str,
         typer.Argument(
-            help="A kernel: para_gru, para_lstm, head_rnn, gated_delta, ssd or linear_cross_entropy; or a whole layer: "
-            "mamba2_layer or gated_delta_layer.",
+            help="A kernel: para_gru, para_lstm, head_rnn, gated_delta, ssd, diagonal_scan, causal_conv1d, "
+            "gated_rms_norm or linear_cross_entropy; or a whole layer: mamba2_layer or gated_delta_layer.",
             show_default=False,
         ),
     ],
@@ -34,7 +34,9 @@ def bench(
         str | None,
         typer.Option(
             help="lstm, slstm, gru or elman of head_rnn; n=1, n=2, n=3 or 'n=1 V=2K' of gated_delta (its layer: n=1, "
-            "n=2); N=128, N=16, N=64 or N=256 of ssd; the vocabulary of linear_cross_entropy. Default: the first."
+            "n=2); N=128, N=16, N=64 or N=256 of ssd; real or complex of diagonal_scan; rows or documents of "
+            "causal_conv1d; 'after gate' or 'before gate, heads' of gated_rms_norm; the vocabulary of "
+            "linear_cross_entropy. Default: the first."
         ),
     ] = None,
     dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of gates, inputs and outputs.")] = "bf16",

@@ -5,6 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from riverrun.kernels.benchmarks import BENCHMARKS
 from riverrun.launch import cli
 
 
@@ -27,6 +28,25 @@ def test_bench(op, rival, tmp_path):
         assert ours["layer"]["median"] > 0 and cudnn["layer"]["median"] > 0 and not cudnn["error"]
     assert [point["case"]["T"] for point in document["sweeps"]["length"]] == [16, 32, 64]
     assert all(c["backward"]["median"] > 0 for point in document["sweeps"]["length"] for c in point["contenders"])
+
+
+@pytest.mark.parametrize(
+    ("op", "variant"),
+    [(op, v) for op in ("diagonal_scan", "causal_conv1d", "gated_rms_norm") for v in BENCHMARKS[op].variants],
+)
+def test_bench_of_memory_bound_ops(op, variant, tmp_path):
+    shape = ["--batch", "2", "--seq-len", "256", "--width", "256", "--sweep-max", "64"]
+    options = [*shape, "--out", str(tmp_path), "--repeats", "5", "--keep-caches", "--variant", variant]
+    result = CliRunner().invoke(cli.app, ["bench", op, *options])
+    assert result.exit_code == 0, result.output
+    document = json.loads((tmp_path / f"{op}.json").read_text())
+    for c in document["regimes"]["fresh"]["contenders"]:
+        if c["name"].startswith(("riverrun", "torch")):
+            assert c["skipped"] is None and c["layer"]["median"] > 0 and c["layer_memory"] > 0, c
+        if c["skipped"] is None:  # other packages, where they are installed, compute the same
+            assert set(c["error"]) == {"output", "gradients"} and max(c["error"].values()) < 2e-2, c
+    assert [point["case"]["T"] for point in document["sweeps"]["length"]] == [16, 32, 64]
+    assert all(point["contenders"][0]["backward"]["median"] > 0 for point in document["sweeps"]["length"])
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ TINY = ["--batch", "1", "--seq-len", "32", "--width", "16", "--heads", "2", "--d
         "--repeats", "2"]  # fmt: skip
 RNNS = [("para_gru", ""), ("para_lstm", ""), *(("head_rnn", cell) for cell in BENCHMARKS["head_rnn"].variants)]
 LOSS = [("linear_cross_entropy", "32768")]
+MEMORY_BOUND = [(op, v) for op in ("diagonal_scan", "causal_conv1d", "gated_rms_norm") for v in BENCHMARKS[op].variants]
 LINEAR = [(op, variant) for op in ("ssd", "gated_delta") for variant in BENCHMARKS[op].variants]
 WHOLE = [("mamba2_layer", ""), *(("gated_delta_layer", steps) for steps in LAYERS["gated_delta_layer"].variants)]
 ALL = BENCHMARKS | LAYERS
@@ -138,7 +139,7 @@ def test_head_rnn_of_one_cell_without_a_sweep(tmp_path):
         (
             ["mamba2"],
             "there is no benchmark of 'mamba2'; choose one of para_gru, para_lstm, head_rnn, gated_delta, ssd, "
-            "linear_cross_entropy, mamba2_layer, gated_delta_layer\n",
+            "diagonal_scan, causal_conv1d, gated_rms_norm, linear_cross_entropy, mamba2_layer, gated_delta_layer\n",
         ),
         (["gated_delta_layer", "--variant", "n=3"], "gated_delta_layer has no variant 'n=3'; choose one of n=1, n=2\n"),
         (["mamba2_layer", "--variant", "n=1"], "mamba2_layer has no variant 'n=1'; leave --variant out"),
@@ -173,16 +174,18 @@ assert not heavy, heavy
     assert done.returncode == 0, done.stderr
     assert all(op in done.stdout for op in ALL)
     assert all(
-        v in done.stdout for op in ("head_rnn", "gated_delta", "gated_delta_layer", "ssd") for v in ALL[op].variants
+        v in done.stdout
+        for op in ("head_rnn", "gated_delta", "gated_delta_layer", "ssd", *dict(MEMORY_BOUND))
+        for v in ALL[op].variants
     )
     assert all(f"`{op}`" in (ROOT / "docs" / "benchmark-protocol.md").read_text() for op in ALL)
 
 
-@pytest.mark.parametrize(("op", "cell"), RNNS + LINEAR + LOSS + WHOLE)
+@pytest.mark.parametrize(("op", "cell"), RNNS + LINEAR + MEMORY_BOUND + LOSS + WHOLE)
 def test_every_form_of_ours_computes_the_op(op, cell):
     case = case_of(cell)
     for contender in ALL[op].contenders(case):
-        if contender.same_maths and contender.name.startswith(("riverrun", "torch loop", "torch, all")):
+        if contender.same_maths and contender.name.startswith(("riverrun", "torch loop", "torch conv1d", "torch, all")):
             assert max(errors(op, case, contender.build).values()) < (1e-5 if op in BENCHMARKS else 1e-4), (
                 contender.name
             )
@@ -210,6 +213,49 @@ def test_retentive_inputs_remember(op, gate):
     gates = run.make_inputs(BENCHMARKS[op], case_of(T=200), "retentive")["gates"]
     assert gates[:, :, 0].mean().item() == pytest.approx(4.0 * gate, abs=0.2)
     assert gates[:, :, 1:].mean().abs() < 0.2 and gates.std(dim=1).mean().item() == pytest.approx(1.0, abs=0.2)
+
+
+@pytest.mark.parametrize(("op", "variant"), MEMORY_BOUND)
+def test_memory_bound_ops(op, variant, tmp_path):
+    shape = ["--batch", "2", "--seq-len", "32", "--width", "16", "--heads", "2", "--sweep-max", "32"]
+    options = ["--device", "cpu", "--repeats", "2", "--keep-caches", "--out", tmp_path]
+    result = invoke(op, *shape, *options, "--variant", variant)
+    assert result.exit_code == 0, result.output
+    document = json.loads((tmp_path / f"{op}.json").read_text())
+    assert list(document["regimes"]) == ["fresh"] and list(document["sweeps"]) == ["length"]
+    for c in document["regimes"]["fresh"]["contenders"]:
+        if c["name"].startswith(("riverrun", "torch")):
+            assert all(c[what]["median"] > 0 for what in ("forward", "backward", "layer")), c["name"]
+            assert c["error_len"] == 32 and all(0 < e < 2e-2 for e in c["error"].values()), c["name"]  # bfloat16
+        else:
+            assert c["skipped"] == "needs CUDA", c["name"]
+    for point in document["sweeps"]["length"]:
+        assert point["contenders"][0]["backward"]["median"] > 0, point["contenders"][0]["skipped"]
+    size = {"real": 2, "complex": 8}.get(variant, 2)  # bytes of a number
+    numbers = {"diagonal_scan": (3, 5), "causal_conv1d": (2, 3), "gated_rms_norm": (3, 5)}[op]
+    floor = document["regimes"]["fresh"]["hbm_floor_ms"]
+    milliseconds = 2 * 32 * 16 * size / document["copy_bandwidth"] * 1e3
+    assert floor == pytest.approx({"forward": numbers[0] * milliseconds, "backward": numbers[1] * milliseconds})
+
+
+def test_documents_are_of_mixed_length_and_the_same_in_every_run():
+    benchmark, case = BENCHMARKS["causal_conv1d"], case_of("documents", T=400)
+    inputs = run.make_inputs(benchmark, case, "fresh")
+    rows = run.make_inputs(benchmark, replace(case, variant="rows"), "fresh")
+    assert torch.equal(inputs["x"], rows["x"].view(1, 800, 16))
+    bounds = inputs["cu_seqlens"]
+    assert torch.equal(bounds, run.make_inputs(benchmark, case, "fresh")["cu_seqlens"])
+    lengths = bounds.diff()
+    assert bounds[0] == 0 and bounds[-1] == 800 and lengths.min() == 1
+    assert 400 / 8 * 0.8 < lengths.float().mean() < 400 / 8 * 1.2
+    assert 2 <= (lengths == 1).sum() < len(lengths) / 2 and lengths.max() > 400 / 8
+
+
+def test_documents_end_where_the_reference_does(monkeypatch):
+    monkeypatch.setitem(run.REFERENCE_LENGTH, "cpu", 24)
+    found = compare(BENCHMARKS["causal_conv1d"], case_of("documents"), only=("riverrun",))
+    for name in ("riverrun auto", "riverrun chunked torch"):
+        assert found[name].error_len == 24 and 0 < max(found[name].error.values()) < 1e-5, found[name].skipped
 
 
 def test_errors_are_measured_on_the_first_tokens_of_long_sequences(monkeypatch):
@@ -366,6 +412,50 @@ def test_peers_get_their_layout(op, variant):
     case = case_of(variant)
     (peer,) = (c for c in BENCHMARKS[op].contenders(case) if c.name in ("fla", "mamba_ssm", "Liger"))
     assert max(errors(op, case, lambda i, c, _: peer.build(i, c, packages.__getitem__)).values()) < 1e-5
+
+
+@pytest.mark.parametrize(("op", "variant"), [found for found in MEMORY_BOUND if found[1] != "complex"])
+def test_peers_of_memory_bound_ops_get_their_layout(op, variant):
+    """Stand-ins with the packages' signatures: channels before time, but neighbours; log a; the norm by name."""
+    from riverrun.kernels.causal_conv1d import causal_conv1d
+    from riverrun.kernels.gated_rms_norm import gated_rms_norm
+
+    def tri_dao(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
+                final_states_out=None, activation=None):  # fmt: skip
+        assert x.stride(1) == 1 and (seq_idx is None) == (variant == "rows")
+        if seq_idx is None:
+            return causal_conv1d(x.mT, weight, bias, activation=activation)[0].mT
+        assert seq_idx.dtype == torch.int32 and seq_idx.shape == (1, x.shape[2]) and seq_idx.is_contiguous()
+        documents = x.mT.split(seq_idx[0].unique_consecutive(return_counts=True)[1].tolist(), dim=1)
+        return torch.cat([causal_conv1d(d, weight, bias, activation=activation)[0] for d in documents], dim=1).mT
+
+    def fla_conv(x, weight=None, bias=None, residual=None, initial_state=None, output_final_state=False,
+                 activation=None, backend="triton", cu_seqlens=None):  # fmt: skip
+        assert cu_seqlens is None or cu_seqlens.dtype == torch.int64
+        return causal_conv1d(x, weight, bias, activation=activation, cu_seqlens=cu_seqlens)[0], None
+
+    def rmsnorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True):
+        assert bias is None and group_size is None
+        return gated_rms_norm(x, z, weight, eps=eps, norm_before_gate=norm_before_gate)
+
+    def rms_norm_gated(x, g, weight, bias, activation="swish", residual=None, prenorm=False, residual_in_fp32=False,
+                       eps=1e-6):  # fmt: skip
+        assert bias is None and activation == "swish" and not prenorm
+        return gated_rms_norm(x, g, weight, eps=eps, norm_before_gate=True)
+
+    packages = {
+        "causal_conv1d": SimpleNamespace(causal_conv1d_fn=tri_dao),
+        "fla.modules.convolution": SimpleNamespace(causal_conv1d=fla_conv),
+        "mamba_ssm.ops.triton.layernorm_gated": SimpleNamespace(rmsnorm_fn=rmsnorm_fn),
+        "fla.modules.fused_norm_gate": SimpleNamespace(rms_norm_gated=rms_norm_gated),
+        "fla.modules.layernorm_gated": SimpleNamespace(rmsnorm_fn=rmsnorm_fn),
+        "fla.ops.hgrn": SimpleNamespace(fused_recurrent_hgrn=hgrn, chunk_hgrn=hgrn),
+    }
+    case = case_of(variant)
+    peers = [c for c in BENCHMARKS[op].contenders(case) if c.needs_cuda]
+    assert len(peers) == 2 and all(peer.same_maths for peer in peers)
+    for build in (peer.build for peer in peers):
+        assert max(errors(op, case, lambda i, c, _, build=build: build(i, c, packages.__getitem__)).values()) < 1e-5
 
 
 def test_cudnn_contenders_have_all_gradients():
