@@ -32,8 +32,8 @@ def context_attention(
     divides = heads % axis.size == 0 and (kv_heads % axis.size == 0 or axis.size % kv_heads == 0)
     if context.attention == "ulysses" and not divides:
         raise ValueError(
-            f"parallel.attention='ulysses' cannot share a tensor-parallel rank's {heads} heads and {kv_heads} key heads "
-            f"among parallel.cp={axis.size} ranks: use parallel.attention='ring'"
+            f"parallel.attention='ulysses' cannot share {heads} heads and {kv_heads} key heads, those of a "
+            f"tensor-parallel rank, among parallel.cp={axis.size} ranks: use parallel.attention='ring'"
         )
     if context.attention == "ring" or not divides:
         return ring_attention(q, k, v, layout.rows.documents(), window, axis)

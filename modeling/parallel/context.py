@@ -4,6 +4,7 @@ Documents may begin anywhere and go over any number of shards. Every rank knows 
 all agree on what is exchanged without asking each other.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,8 @@ class Context:
         tail_tokens: (N,) int64 the places, among the B·T tokens, of every row's last piece; None: of all tokens.
         tail_seqlens: (B + 1,) int32 bounds of those pieces among the N tokens; None if `tail_tokens` is.
         first_of_last: (B,) int64 where in its row of the shard each row's last piece begins; None if `tail_tokens` is.
+        last_pieces: (begin, end) of every row's last piece among the B·T tokens, on the host.
+        longest_tail: tokens of the longest piece, of any rank's, that a document of the next shard goes on with.
         linear: how linear recurrences share rows: by "states" that are handed on, by "heads" that are moved, or "auto":
             whichever moves fewer bytes.
         attention: how attention does: by "ulysses", which moves heads, "ring", which passes keys round, or "auto":
@@ -53,6 +56,8 @@ class Context:
     tail_tokens: torch.Tensor | None
     tail_seqlens: torch.Tensor | None
     first_of_last: torch.Tensor | None
+    last_pieces: tuple[tuple[int, int], ...]
+    longest_tail: int
     linear: str
     attention: str
 
@@ -86,6 +91,11 @@ class Context:
 
         def begins(b: int, r: int) -> int:
             return b * length + r * T
+
+        def tail_length(b: int, r: int) -> int:
+            """Tokens of the piece that ends where shard r of row b begins."""
+            place = bisect_left(cu_seqlens, begins(b, r))
+            return begins(b, r) - max(cu_seqlens[place - 1], begins(b, r - 1))
 
         within = [[False] * rows for _ in range(axis.size)]  # a document begins after the shard's first token
         for start in cu_seqlens[:-1]:
@@ -129,6 +139,8 @@ class Context:
             tail_tokens,
             tail_seqlens,
             first_of_last,
+            tuple((bounds[i], bounds[i + 1]) for i in last),
+            max((tail_length(b, r) for r in range(1, axis.size) for b in range(rows) if joins[r][b]), default=0),
             linear,
             attention,
         )
@@ -155,6 +167,17 @@ class Context:
         """What the end of the shard depends on: x (B, T, …) as it is if the rows are whole, else of (1, B·T, …) the
         tokens of each row's last piece, (1, N, …) with bounds `tail_seqlens`."""
         return x if self.tail_tokens is None else x.index_select(1, self.tail_tokens)
+
+    def recent(self, x: torch.Tensor, limit: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `tail`, but no more than `limit` tokens of each piece; and their bounds as an op takes them."""
+        T = self.shape[1]
+        if self.tail_tokens is None:
+            return x[:, max(0, T - limit) :].contiguous(), None
+        pieces = [range(max(begin, end - limit), end) for begin, end in self.last_pieces]
+        tokens = torch.tensor([token for piece in pieces for token in piece])
+        bounds = torch.tensor([0, *map(len, pieces)]).cumsum(0).to(torch.int32)
+        tokens, bounds = (t.to(x.device, non_blocking=True) for t in (tokens, bounds))
+        return x.index_select(1, tokens), bounds
 
     def initial(self, incoming: torch.Tensor) -> torch.Tensor:
         """The rows' incoming states (B, …) → the initial states of all pieces (S, …), zeros where a document begins."""
@@ -185,9 +208,8 @@ class Context:
         Args:
             added: (B, …) the states at the ends of the rows' last pieces when each begins with zeros, in float32.
             transfer: (B, …) how such a state depends on the one before the piece: state = apply(transfer, before) +
-                added. It counts only where the piece is the whole shard; None if `chain` is 0, where it never does.
+                added. It counts only where the piece is the whole shard, so never if `chain` is 0; None: not at all.
         """
-        assert transfer is not None or self.chain == 0
         numbers = added[0].numel()
         both = [added.flatten(1)] + ([transfer.flatten(1).to(added.dtype)] if transfer is not None else [])
         gathered = all_gather(torch.cat(both, dim=1)[None], self.axis)  # (size, B, numbers of both)

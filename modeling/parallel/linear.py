@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from riverrun.kernels.diagonal_scan import diagonal_scan, diagonal_scan_summary
 from riverrun.kernels.gated_delta import gated_delta, gated_delta_summary
 from riverrun.kernels.ssd import ssd, ssd_summary
 from riverrun.modeling.parallel.collectives import all_gather
@@ -34,8 +35,10 @@ def context_ssd(
     op = partial(ssd, dt_softplus=True, chunk_size=chunk_size)
     if not context.connected:
         return op(x, dt, A, B, C, D, dt_bias=dt_bias, cu_seqlens=context.cu_seqlens)[0]
-    moved = (2 * H * P + H + 2 * G * N) * x.element_size()
-    if context.takes_heads(H, shares_heads(H, moved, 4 * H * (P * N + 1), context)):
+    sent = G if G % context.axis.size == 0 else G * context.axis.size  # groups: their shares, or all of them to all
+    moved = (2 * H * P + H + 2 * sent * N) * x.element_size()
+    cheaper = shares_heads(H, moved, 4 * H * (P * N + 1), context) and _groups_fit(H, G, context)
+    if context.takes_heads(H, cheaper):
         mine = context.axis.share(H)
         B, C = (_groups(t, H, context) for t in (B, C))
         x, dt = to_heads(x, context, 2), to_heads(dt, context, 2)
@@ -49,13 +52,19 @@ def context_ssd(
     return op(x, dt, A, B, C, D, dt_bias=dt_bias, initial_state=initial, cu_seqlens=context.cu_seqlens)[0]
 
 
+def _groups_fit(H: int, G: int, context: Context) -> bool:
+    """Whether each rank's share of the heads is whole groups, or lies within one."""
+    heads, shared = H // context.axis.size, H // G  # of a rank, of a group
+    return heads % shared == 0 or shared % heads == 0
+
+
 def _groups(x: torch.Tensor, H: int, context: Context) -> torch.Tensor:
     """B or C (…, G, N) of the whole rows: the groups of this rank's heads."""
     G, size = x.shape[2], context.axis.size
     if G % size == 0:
         return to_heads(x, context, 2)
-    heads, shared = H // size, H // G  # of a rank, of a group
-    if heads % shared and shared % heads:
+    heads, shared = H // size, H // G
+    if not _groups_fit(H, G, context):
         raise ValueError(
             f"parallel.linear='heads' cannot give {size} ranks {heads} heads each of groups of {shared}: "
             "use parallel.linear='states'"
@@ -92,5 +101,35 @@ def context_gated_delta(
         context.tail(k), context.tail(v), context.tail(beta), None if g is None else context.tail(g), qk_l2norm=True,
         cu_seqlens=context.tail_seqlens, with_transfer=context.chain > 0, chunk_size=chunk_size,
     )  # fmt: skip
-    initial = context.initial(context.incoming(added, transfer, torch.matmul))
+    initial = context.initial(context.incoming(added, transfer, _matmul))
     return op(q, k, v, beta, g, initial_state=initial, cu_seqlens=context.cu_seqlens)[0]
+
+
+def _matmul(transfer: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """In the precision of states, under autocast too."""
+    with torch.autocast(state.device.type, enabled=False):
+        return transfer @ state
+
+
+def context_diagonal_scan(context: Context, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """`diagonal_scan` of rows that several ranks share: this rank's h. x (B, T, D), or (1, B·T, D) if documents begin
+    inside rows, and so a, or a (D,).
+
+    It has no heads to move, and never should: its summary is as small as two tokens.
+    """
+    if not context.connected:
+        return diagonal_scan(x, a, cu_seqlens=context.cu_seqlens)[0]
+    product, added = diagonal_scan_summary(
+        context.tail(x), a if a.dim() == 1 else context.tail(a), cu_seqlens=context.tail_seqlens
+    )  # fmt: skip
+    if x.is_complex():  # NCCL knows no complex numbers
+        pairs = context.incoming(torch.view_as_real(added), torch.view_as_real(product), _multiply_pairs)
+        incoming = torch.view_as_complex(pairs)
+    else:
+        incoming = context.incoming(added, product)
+    return diagonal_scan(x, a, initial_state=context.initial(incoming), cu_seqlens=context.cu_seqlens)[0]
+
+
+def _multiply_pairs(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Of complex numbers as pairs (…, 2)."""
+    return torch.view_as_real(torch.view_as_complex(a) * torch.view_as_complex(b))

@@ -8,9 +8,13 @@ the first shard's state does not depend on anything before it.
 
 The gradient is exact, and parallel as well: at the solution dg_{r+1} = dΦ_r + A_r dg_r, which is affine again.
 
-A chain of more than PASSES shards stops early if the states that enter have settled: then, and only then, the host
-waits for one number, the largest change, which all ranks see alike. A document over all of P shards, cells that do not
-settle: P − 2 passes and the last one, the serial hand-over's work and an exact result.
+Cells mostly forget long before a shard is over. So where shards are long, the last BURN_IN tokens of each are asked
+first whether anything before them still shows in the state that leaves, on any rank: if not, to within the state's
+rounding, they are all that has to be computed twice. The host waits for that answer, as for the next.
+
+A chain of more than PASSES shards stops early if the states that enter have settled: the largest change is a number
+that all ranks see alike. A document over all of P shards and cells that do not settle take P − 2 passes and the last
+one: the work of handing the state on from rank to rank, and as exact.
 """
 
 from collections.abc import Callable
@@ -25,6 +29,8 @@ from riverrun.kernels.para_lstm import para_lstm
 from riverrun.modeling.parallel.context import Context
 
 PASSES = 2  # before the last one, that are made without asking whether they were needed
+BURN_IN, WORTH = 1024, 4  # tokens that cells may forget everything before; how many times as many make it worth trying
+FORGOTTEN = 2.0**-24  # of a state, what is less than its rounding
 
 Solve = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -69,41 +75,73 @@ def _shared(name: str, context: Context, solve: Solve, gates: torch.Tensor, K: i
     (B, _), D = context.shape, gates.shape[-1]
     enter = gates.new_zeros(B, K, D, dtype=state_dtype(gates))
     if context.connected:
-        tail, passes = context.tail(gates), context.mask(context.passes[context.axis.rank], enter)
-        for n in range(context.chain):
-            before, start = enter, torch.where(passes, enter, 0)
-            end, A = _linearise(context, solve, tail, start)
-            enter = _fold(context, end, A, start)
-            if n + 1 >= PASSES and context.chain > PASSES:
-                change = _largest(enter - before, context)
-                settled = change <= tolerance
-                if settled or n + 1 == context.chain:
-                    record_solve(f"{name} over ranks", n + 2, change, settled)
-                    break
-        start = torch.where(passes, enter, 0)
-        _, end = solve(tail, start, context.tail_seqlens)
-        if not context.chain:
-            enter = context.incoming(end, None)
-        else:
-            _, A = _linearise(context, solve, tail, start, steep=True)
-            slope = _fold(context, end, A, start)
-            enter = _fold(context, end.detach(), _tame(A), start) + (slope - slope.detach())
+        forgetful = None
+        if context.longest_tail > WORTH * BURN_IN:
+            forgetful = _of_recent(name, context, solve, gates, enter)
+        enter = forgetful if forgetful is not None else _shoot(name, context, solve, gates, enter, tolerance)
     return solve(gates, context.initial(enter), context.cu_seqlens)[0]
 
 
+def _of_recent(
+    name: str, context: Context, solve: Solve, gates: torch.Tensor, zeros: torch.Tensor
+) -> torch.Tensor | None:
+    """The states that enter, from the last tokens of each shard alone; None if any rank's cells remember more."""
+    recent, bounds = context.recent(gates, BURN_IN)
+    cut = [end - begin > BURN_IN for begin, end in context.last_pieces]
+    depends = [c or p for c, p in zip(cut, context.passes[context.axis.rank])]
+    _, A = _linearise(solve, recent, zeros, bounds, context.mask(depends, zeros), steep=True)
+    remembered = _largest(A, context)
+    if remembered > FORGOTTEN:
+        return None
+    record_solve(f"{name}_over_ranks", 1, remembered, True)
+    return context.incoming(solve(recent, zeros, bounds)[1], None)
+
+
+def _shoot(
+    name: str, context: Context, solve: Solve, gates: torch.Tensor, enter: torch.Tensor, tolerance: float
+) -> torch.Tensor:
+    """The states that enter, from whole shards."""
+    tail, bounds, passes = (
+        context.tail(gates),
+        context.tail_seqlens,
+        context.mask(context.passes[context.axis.rank], enter),
+    )
+    for n in range(context.chain):
+        before, start = enter, torch.where(passes, enter, 0)
+        end, A = _linearise(solve, tail, start, bounds, passes)
+        enter = _fold(context, end, A, start)
+        if n + 1 >= PASSES and context.chain > PASSES:
+            change = _largest(enter - before, context)
+            settled = change <= tolerance
+            if settled or n + 1 == context.chain:
+                record_solve(f"{name}_over_ranks", n + 2, change, settled)
+                break
+    start = torch.where(passes, enter, 0)
+    _, end = solve(tail, start, bounds)
+    if not context.chain:
+        return context.incoming(end, None)
+    _, A = _linearise(solve, tail, start, bounds, passes, steep=True)
+    slope = _fold(context, end, A, start)
+    return _fold(context, end.detach(), _tame(A), start) + (slope - slope.detach())
+
+
 def _linearise(
-    context: Context, solve: Solve, tail: torch.Tensor, start: torch.Tensor, steep: bool = False
+    solve: Solve,
+    gates: torch.Tensor,
+    start: torch.Tensor,
+    bounds: torch.Tensor | None,
+    depends: torch.Tensor,
+    steep: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Φ (B, K, D) at `start`, and A (B, K, K, D) where a shard passes the state on; tame ones for the iteration, unless
-    they are to be as `steep` as they are."""
-    passes = context.mask(context.passes[context.axis.rank], start)
+    """Φ (B, K, D) at `start`, and A (B, K, K, D), zero where the end does not depend on the start; tame slopes for the
+    iteration, unless they are to be as `steep` as they are."""
     start = start.detach().requires_grad_()
     # the hooks keep recomputation away from a graph that is gone before the forward pass is over
     with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
-        _, end = solve(tail.detach(), start, context.tail_seqlens)
+        _, end = solve(gates.detach(), start, bounds)
         # channels do not mix: the gradient of all channels' sum is every channel's own
         rows = [torch.autograd.grad(e.sum(), start, retain_graph=True)[0] for e in end.unbind(1)]
-    A = torch.stack(rows, dim=1).where(passes[:, None], 0)
+    A = torch.stack(rows, dim=1).where(depends[:, None], 0)
     return end.detach(), A if steep else _tame(A)
 
 

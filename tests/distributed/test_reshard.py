@@ -73,8 +73,8 @@ def test_a_run_goes_from_layout_to_layout(straight, tmp_path):
     train(folder, 1, 2, world=2, kill=6)
     assert "from step 4 " in (printed := train(folder, 3, 2, world=4, kill=10)) and "resharded" in printed
     assert "from step 8 " in train(folder, 2, 1, world=1, kill=14)
-    assert "from step 12 " in train(folder, 3, 1, world=2, kill=18)
-    assert "from step 16 " in train(folder, 1, 2, world=2)
+    assert "from step 12 " in train(folder, 3, 1, 2, world=4, kill=18)
+    assert "from step 16 " in train(folder, 1, 2, 2, world=4)
     assert_same(folder, straight)
 
 
