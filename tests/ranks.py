@@ -1,5 +1,6 @@
 """Groups of ranks that stay alive for a whole test session, so that a distributed test costs no start-up."""
 
+import functools
 import io
 import multiprocessing
 import os
@@ -14,6 +15,8 @@ from unittest import mock
 
 import torch
 from torch import distributed as dist
+
+from riverrun.modeling.parallel.mesh import Mesh
 
 PRELOAD = ["torch.distributed.device_mesh", "riverrun.modeling.model"]  # imported once, in the server that forks ranks
 
@@ -57,6 +60,12 @@ class Group:
     def stop(self) -> None:
         for process in self.processes:
             process.kill()
+
+
+@functools.cache
+def mesh(cp: int = 1, tp: int = 1, device: str = "cpu") -> Mesh:
+    """On a rank: the mesh, made once, because every new process group costs each rank threads and connections."""
+    return Mesh.of(device, dist.get_world_size(), cp=cp, tp=tp)
 
 
 def _serve(pipe, rank: int, world: int, port: int, backend: str) -> None:

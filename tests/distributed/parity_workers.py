@@ -11,6 +11,7 @@ from riverrun.train.config import EngineConfig, OptimizerConfig, TrainConfig
 from riverrun.train.data.packing import IGNORED, Batch
 from riverrun.train.distributed import Ranks
 from tests.modeling.parallel.sharded import BASE, SHAPES
+from tests.ranks import mesh as mesh_of
 
 ROWS, LENGTH, STEPS = 8, 16, 3  # rows a step over all data-parallel ranks
 
@@ -42,7 +43,7 @@ def micro_batches(step: int, mesh: Mesh, accumulation: int) -> list[Batch]:
 def train(shape: str, cp: int, tp: int, stage: int, accumulation: int, recompute: bool, device="cpu", dtype="fp32"):
     """STEPS steps of AdamW with clipping: the losses, the gradients' norms, and this rank's weights."""
     world = torch.distributed.get_world_size()
-    mesh, rank = Mesh.of(device, world, cp=cp, tp=tp), torch.distributed.get_rank()
+    mesh, rank = mesh_of(cp, tp, device), torch.distributed.get_rank()
     ranks = Ranks(rank, world, rank, torch.device(device, rank if device == "cuda" else None), mesh)
     torch.manual_seed(0)
     model = build_sharded(RiverrunConfig.from_options(SHAPES[shape]), mesh.tp)

@@ -18,8 +18,9 @@ from riverrun.modeling.mixer_options import (
 )
 from riverrun.modeling.options import ModelOptions
 from riverrun.modeling.parallel.context import Context
-from riverrun.modeling.parallel.mesh import ALONE, Mesh
+from riverrun.modeling.parallel.mesh import ALONE
 from riverrun.modeling.parallel.sharding import build_sharded, parameter_plan
+from tests.ranks import mesh as mesh_of
 
 BASE = ModelOptions(
     vocab_size=40,
@@ -63,6 +64,13 @@ SHAPES = {
     ),
     "hybrid": of("mamba2", "para_lstm", "gated_delta", "attention"),
 }
+Shape = str | ModelOptions
+
+
+def config_of(shape: Shape) -> RiverrunConfig:
+    return RiverrunConfig.from_options(SHAPES[shape] if isinstance(shape, str) else shape)
+
+
 BOUNDS = [0, 3, 8, 9, 16, 32]  # of documents in two rows of 16 tokens
 ROWS, LENGTH = 2, 16
 Z_LOSS = 0.1
@@ -75,11 +83,11 @@ def batch():
     return ids, targets
 
 
-def part(shape: str, cp: int, tp: int, recompute: bool, bounds: list[int], linear="auto", attention="auto"):
+def part(shape: Shape, cp: int, tp: int, recompute: bool, bounds: list[int], linear="auto", attention="auto"):
     """On a rank: its part of the loss and its parameters' gradients."""
-    mesh = Mesh.of("cpu", cp * tp, cp=cp, tp=tp)
+    mesh = mesh_of(cp, tp)
     torch.manual_seed(0)
-    model = build_sharded(RiverrunConfig.from_options(SHAPES[shape]), mesh.tp).double().train()
+    model = build_sharded(config_of(shape), mesh.tp).double().train()
     model.set_recompute(recompute)
     ids, targets = batch()
     if cp == 1:
@@ -95,10 +103,10 @@ def part(shape: str, cp: int, tp: int, recompute: bool, bounds: list[int], linea
     return out.loss.item(), out.cross_entropy.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def alone(shape: str, bounds: list[int]):
+def alone(shape: Shape, bounds: list[int]):
     """The same on one process: loss, cross-entropy, gradients, and the plan that `tp` ranks would follow."""
     torch.manual_seed(0)
-    model = build_sharded(RiverrunConfig.from_options(SHAPES[shape]), ALONE).double().train()
+    model = build_sharded(config_of(shape), ALONE).double().train()
     ids, targets = batch()
     bounds = torch.tensor(bounds, dtype=torch.int32)
     out = model(ids, targets=targets, num_targets=10, z_loss=Z_LOSS, cu_seqlens=bounds)
@@ -106,7 +114,7 @@ def alone(shape: str, bounds: list[int]):
     return model, out.loss.item(), out.cross_entropy.item()
 
 
-def assert_parts_make_the_whole(results, shape: str, cp: int, tp: int, bounds: list[int]) -> None:
+def assert_parts_make_the_whole(results, shape: Shape, cp: int, tp: int, bounds: list[int]) -> None:
     model, loss, cross_entropy = alone(shape, bounds)
     assert abs(sum(r[0] for r in results) - loss) < 1e-10 * abs(loss)
     assert abs(sum(r[1] for r in results) - cross_entropy) < 1e-10 * cross_entropy

@@ -5,13 +5,14 @@ import torch
 
 from riverrun.modeling.parallel import collectives
 from riverrun.modeling.parallel.mesh import Mesh
+from tests.ranks import mesh
 
 WORLD = 4
 
 
 def collect(name, shape, options):
     """One collective on this rank's tensor, and the gradient of a loss that is another on every rank."""
-    axis = Mesh.of("cpu", torch.distributed.get_world_size(), cp=WORLD).cp
+    axis = mesh(cp=WORLD).cp
     x = tensor(axis.rank, shape).requires_grad_()
     y = getattr(collectives, name)(x, axis, **options)
     (y * tensor(10 + axis.rank, y.shape)).sum().backward()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from riverrun.modeling.parallel.context import Context
-from riverrun.modeling.parallel.mesh import Axis, Mesh
+from riverrun.modeling.parallel.mesh import Axis
+from tests.ranks import mesh
 
 LAYOUTS = {
     "one document a row": [0, 16, 32],
@@ -52,7 +53,7 @@ def test_rows_that_do_not_divide():
 
 def fold(bounds):
     """h_t = a_t h_{t−1} + x_t by documents: the incoming states of this rank's shard, and gradients."""
-    cp = Mesh.of("cpu", 4, cp=4).cp
+    cp = mesh(cp=4).cp
     context = Context.of_rows(cp, 2, 16, bounds, "cpu")
     x, a = (t.requires_grad_() for t in inputs())
     mine = [slice(b * 16 + cp.rank * 4, b * 16 + cp.rank * 4 + 4) for b in range(2)]

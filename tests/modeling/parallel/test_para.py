@@ -8,7 +8,7 @@ from riverrun.kernels.para_gru import para_gru
 from riverrun.kernels.para_lstm import para_lstm
 from riverrun.modeling.parallel import para
 from riverrun.modeling.parallel.context import Context
-from riverrun.modeling.parallel.mesh import Mesh
+from tests.ranks import mesh
 
 ROWS, LENGTH, D = 2, 64, 6
 OPS = {"para_gru": (para_gru, para.context_para_gru, 3), "para_lstm": (para_lstm, para.context_para_lstm, 5)}
@@ -34,7 +34,7 @@ def upstream():
 
 def shared(op, scale, keep, bounds, changes, tolerance=1e-12):
     """On a rank: its h, all gradients, and what the solver did."""
-    axis = Mesh.of("cpu", torch.distributed.get_world_size(), cp=torch.distributed.get_world_size()).cp
+    axis = mesh(cp=torch.distributed.get_world_size()).cp
     before = {name: getattr(para, name) for name in changes}
     for name, value in changes.items():
         setattr(para, name, value)

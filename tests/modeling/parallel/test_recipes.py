@@ -1,0 +1,38 @@
+"""A narrow copy of every shipped recipe, of the same pattern and options, on ranks that share its layers and rows."""
+
+from dataclasses import fields, replace
+
+import pytest
+
+from riverrun.launch import shipped
+from riverrun.modeling.options import ModelOptions
+from tests.modeling.parallel.sharded import BASE, BOUNDS, assert_parts_make_the_whole, part
+
+SIZES = ("num_heads", "num_kv_heads", "head_dim", "state_size", "num_groups", "chunk_size", "expand_v", "tolerance")
+
+
+def narrow(options: ModelOptions) -> ModelOptions:
+    """The recipe's pattern and options with the sizes of the tests' models."""
+    mixers = {}
+    for name in set(options.layer_pattern):
+        theirs, ours = getattr(options, name), getattr(BASE, name)
+        sizes = {f.name: getattr(ours, f.name) for f in fields(theirs) if f.name in SIZES}
+        mixers[name] = replace(theirs, **sizes)
+        if hasattr(theirs, "max_recurrent_weight"):
+            mixers[name] = replace(mixers[name], expand=1.0)
+    return replace(
+        options,
+        vocab_size=BASE.vocab_size,
+        hidden_size=BASE.hidden_size,
+        intermediate_size=BASE.intermediate_size if options.intermediate_size else 0,
+        num_hidden_layers=max(2, len(options.layer_pattern)),
+        initializer_range=BASE.initializer_range,
+        **mixers,
+    )
+
+
+@pytest.mark.parametrize("recipe", shipped.names())
+def test_a_narrow_copy_is_shared_exactly(ranks, recipe):
+    options = narrow(shipped.load(recipe, [], require_inputs=False).recipe.model)
+    results = ranks(4).run(part, options, 2, 2, True, BOUNDS)
+    assert_parts_make_the_whole(results, options, 2, 2, BOUNDS)
