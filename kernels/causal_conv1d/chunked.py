@@ -38,7 +38,7 @@ def causal_conv1d_chunked(
     y = _Convolution.apply(row[None], weight, bias, silu)
     # the output at a token's place stands W - 1 places earlier
     y = y[0].index_select(0, place - tail)[None].to(x.dtype)
-    return y, row.index_select(0, final_place.flatten()).view(-1, tail, x.shape[2])
+    return y, row.index_select(0, final_place.flatten()).view(len(bounds) - 1, tail, x.shape[2])
 
 
 class _Convolution(torch.autograd.Function):

@@ -3,11 +3,13 @@
 import torch
 
 from riverrun.kernels.common.backend import check_shape, resolve_backend
-from riverrun.kernels.diagonal_scan.chunked import diagonal_scan_chunked
+from riverrun.kernels.diagonal_scan.chunked import diagonal_scan_chunked, diagonal_scan_summary
 from riverrun.kernels.diagonal_scan.reference import diagonal_scan_reference
 
 NARROW = (torch.bfloat16, torch.float16, torch.float32, torch.complex64)
 DTYPES = (*NARROW, torch.float64, torch.complex128)
+
+__all__ = ["diagonal_scan", "diagonal_scan_summary"]
 
 
 def diagonal_scan(

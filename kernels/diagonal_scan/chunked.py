@@ -17,10 +17,10 @@ import itertools
 
 import torch
 
-from riverrun.kernels.common.chunks import chunk_layout
+from riverrun.kernels.common.chunks import Chunks, chunk_layout
 from riverrun.kernels.common.shooting import NAMESPACE
 
-CHUNK_SIZE = 64  # tokens
+CHUNK_SIZE = 64  # tokens, a power of two
 
 
 def diagonal_scan_chunked(
@@ -28,9 +28,41 @@ def diagonal_scan_chunked(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`riverrun.kernels.diagonal_scan.diagonal_scan` of tensors that are all of the state's dtype."""
     chunks = chunk_layout(x, min(CHUNK_SIZE, x.shape[1]), cu_seqlens)
-    decay = torch.where(chunks.valid[..., None], a if a.dim() == 1 else chunks.split(a), 1)
-    h, final, _ = _scan(decay, chunks.split(x), chunks.sort(initial_state), list(chunks.active))
+    h, final, _ = _scan(_decays(a, chunks), chunks.split(x), chunks.sort(initial_state), list(chunks.active))
     return chunks.join(h), chunks.unsort(final)
+
+
+def diagonal_scan_summary(
+    x: torch.Tensor, a: torch.Tensor, *, cu_seqlens: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What whole sequences do to a state, without any outputs: final state = P · initial state + E.
+
+    Two steps in a row are one, h ↦ a₂ (a₁ h + x₁) + x₂ = a₂ a₁ h + (a₂ x₁ + x₂) (Blelloch 1990, Prefix Sums and Their
+    Applications, §1.4): the tokens of every chunk are paired until one step is left of each.
+
+    Args:
+        x, a, cu_seqlens: as of `diagonal_scan`.
+
+    Returns:
+        The product P of the sequence's decays, and E, its final state from zeros, (S, D) each, in float32 or complex64
+        (float64 or complex128 if `x` is).
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    chunks = chunk_layout(x, CHUNK_SIZE, cu_seqlens)
+    decay, added = _decays(a.to(dtype), chunks), chunks.split(x.to(dtype))
+    while added.shape[1] > 1:
+        (first, later), (before, after) = (t.unflatten(1, (-1, 2)).unbind(2) for t in (decay, added))
+        decay, added = later * first, torch.addcmul(after, later, before)
+    decay, added = decay[:, 0], added[:, 0]
+    zeros = x.new_zeros(len(chunks.order), x.shape[2], dtype=dtype)
+    _, product = chunks.scan(torch.mul, zeros + 1, decay)
+    _, final = chunks.scan(lambda h, decay, added: torch.addcmul(added, decay, h), zeros, decay, added)
+    return product, final
+
+
+def _decays(a: torch.Tensor, chunks: Chunks) -> torch.Tensor:
+    """a (B, T, D) or (D,) → (M, L, D), 1 at padding."""
+    return torch.where(chunks.valid[..., None], a if a.dim() == 1 else chunks.split(a), 1)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::diagonal_scan_chunked", mutates_args=())

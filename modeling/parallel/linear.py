@@ -35,12 +35,13 @@ def context_ssd(
     op = partial(ssd, dt_softplus=True, chunk_size=chunk_size)
     if not context.connected:
         return op(x, dt, A, B, C, D, dt_bias=dt_bias, cu_seqlens=context.cu_seqlens)[0]
-    sent = G if G % context.axis.size == 0 else G * context.axis.size  # groups: their shares, or all of them to all
+    size = context.axis.size
+    sent = G if G % size == 0 else G * size  # ranks that share a group get all groups
     moved = (2 * H * P + H + 2 * sent * N) * x.element_size()
-    cheaper = shares_heads(H, moved, 4 * H * (P * N + 1), context) and _groups_fit(H, G, context)
+    cheaper = shares_heads(H, moved, 4 * H * (P * N + 1), context) and _groups_fit(G, size)
     if context.takes_heads(H, cheaper):
         mine = context.axis.share(H)
-        B, C = (_groups(t, H, context) for t in (B, C))
+        B, C = (_groups(t, context) for t in (B, C))
         x, dt = to_heads(x, context, 2), to_heads(dt, context, 2)
         y, _ = op(x, dt, A[mine], B, C, D[mine], dt_bias=dt_bias[mine], cu_seqlens=context.row_bounds)
         return from_heads(y, context, 2)
@@ -52,26 +53,24 @@ def context_ssd(
     return op(x, dt, A, B, C, D, dt_bias=dt_bias, initial_state=initial, cu_seqlens=context.cu_seqlens)[0]
 
 
-def _groups_fit(H: int, G: int, context: Context) -> bool:
+def _groups_fit(G: int, size: int) -> bool:
     """Whether each rank's share of the heads is whole groups, or lies within one."""
-    heads, shared = H // context.axis.size, H // G  # of a rank, of a group
-    return heads % shared == 0 or shared % heads == 0
+    return G % size == 0 or size % G == 0
 
 
-def _groups(x: torch.Tensor, H: int, context: Context) -> torch.Tensor:
+def _groups(x: torch.Tensor, context: Context) -> torch.Tensor:
     """B or C (…, G, N) of the whole rows: the groups of this rank's heads."""
     G, size = x.shape[2], context.axis.size
+    if not _groups_fit(G, size):
+        raise ValueError(
+            f"parallel.linear='heads' cannot share {G} groups of heads among parallel.cp={size} ranks, neither whole "
+            "groups a rank nor whole ranks a group: use parallel.linear='states'"
+        )
     if G % size == 0:
         return to_heads(x, context, 2)
-    heads, shared = H // size, H // G
-    if not _groups_fit(H, G, context):
-        raise ValueError(
-            f"parallel.linear='heads' cannot give {size} ranks {heads} heads each of groups of {shared}: "
-            "use parallel.linear='states'"
-        )
     rows = all_gather(x.view(*context.shape, *x.shape[2:]), context.axis, dim=1)
-    first = context.axis.rank * heads // shared
-    rows = rows[:, :, first : first + max(1, heads // shared)]
+    group = context.axis.rank * G // size
+    rows = rows[:, :, group : group + 1]
     return rows if context.row_bounds is None else rows.flatten(0, 1)[None]
 
 

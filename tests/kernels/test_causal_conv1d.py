@@ -60,7 +60,7 @@ def test_rows_equal_torch(backend, W, T, activation):
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("W", [2, 4, 6])
+@pytest.mark.parametrize("W", [1, 2, 4, 6])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_documents_equal_torch(backend, W, activation):
     x, weight, bias, state = inputs = make_inputs(1, sum(DOCUMENTS), W, num_states=len(DOCUMENTS))
