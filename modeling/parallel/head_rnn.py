@@ -4,6 +4,11 @@ There is no other exact way: how the end of a shard depends on its beginning is 
 large to compute and to send. So a document over all P shards keeps one rank busy at a time, each way, and this layer
 takes as long as on one rank; memory is shared all the same. Ranks whose rows begin with documents of their own start
 at once.
+
+No rank waits in a circle. Forward, a rank receives, runs and sends, layer by layer; backward it receives the gradient
+from the rank after it, runs back, and sends one to the rank before. Two neighbours exchange in the same order at both
+ends, and the first rank, backward the last, waits for nobody. Where activations are recomputed, every rank repeats a
+layer's forward part as a whole before its backward part begins: `_Send` sees to that.
 """
 
 from typing import Any
@@ -22,7 +27,7 @@ def context_head_rnn(context: Context, gates: torch.Tensor, weight: torch.Tensor
     documents begin inside rows."""
     (B, _), (H, K) = context.shape, gates.shape[3:]
     state = gates.new_zeros(B, len(CELLS[cell].states), H, K, dtype=state_dtype(gates))
-    state = _Receive.apply(state, weight, context)
+    state = _Receive.apply(state, gates, weight, context)
     initial = context.initial(torch.where(context.mask(context.joins[context.axis.rank], state), state, 0))
     h, final = head_rnn(gates, weight, cell, initial_state=initial, cu_seqlens=context.cu_seqlens)
     return _Send.apply(h, final.index_select(0, context.last), context)
@@ -31,11 +36,14 @@ def context_head_rnn(context: Context, gates: torch.Tensor, weight: torch.Tensor
 class _Receive(torch.autograd.Function):
     """The state that the rank before sends, if any of this rank's rows goes on; its gradient goes back there.
 
-    `weight` is there for autograd alone: without an argument that has a gradient, nothing would be sent back.
+    `gates` and `weight` are there for autograd alone: whichever has a gradient, one must be sent back, for the rank
+    before waits for it.
     """
 
     @staticmethod
-    def forward(ctx: Any, zeros: torch.Tensor, weight: torch.Tensor, context: Context) -> torch.Tensor:
+    def forward(
+        ctx: Any, zeros: torch.Tensor, gates: torch.Tensor, weight: torch.Tensor, context: Context
+    ) -> torch.Tensor:
         ctx.context, state = context, zeros.clone()
         if _waits(context, 0):
             dist.recv(state, _neighbour(context, -1), context.axis.group)
@@ -45,23 +53,31 @@ class _Receive(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, ...]:
         if _waits(ctx.context, 0):
             dist.send(grad.contiguous(), _neighbour(ctx.context, -1), ctx.context.axis.group)
-        return None, None, None
+        return None, None, None, None
 
 
 class _Send(torch.autograd.Function):
     """Sends the state at the ends of the rows to the next rank, if any of its rows goes on. Tied to the output h, so
-    that the state's gradient is there before the recurrence goes backward."""
+    that the state's gradient is there before the recurrence goes backward.
+
+    It saves the state, and looks it up before it waits, for the sake of recomputation (torch.utils.checkpoint), which
+    starts when something saved is looked up, and ends once all that was saved is there again. So the layer's forward
+    part, whose states other ranks wait for, neither starts after a gradient that those ranks have yet to send, nor ends
+    before the state is sent.
+    """
 
     @staticmethod
     def forward(ctx: Any, h: torch.Tensor, state: torch.Tensor, context: Context) -> torch.Tensor:
-        ctx.context, ctx.like = context, state.new_empty(()).expand(state.shape)
+        ctx.context = context
+        ctx.save_for_backward(state)
         if _waits(context, 1):
             dist.send(state.contiguous(), _neighbour(context, 1), context.axis.group)
         return h.view_as(h)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        by_state = torch.zeros_like(ctx.like)
+        (state,) = ctx.saved_tensors
+        by_state = torch.zeros_like(state)
         if _waits(ctx.context, 1):
             dist.recv(by_state, _neighbour(ctx.context, 1), ctx.context.axis.group)
         return grad, by_state, None

@@ -10,14 +10,20 @@ The gradient is exact, and parallel as well: at the solution dg_{r+1} = dΦ_r + 
 
 Cells mostly forget long before a shard is over. So where shards are long, the last BURN_IN tokens of each are asked
 first whether anything before them still shows in the state that leaves, on any rank: if not, to within the state's
-rounding, they are all that has to be computed twice. The host waits for that answer, as for the next.
+rounding, they are all that has to be computed twice. The host waits for that answer, and for those below.
 
 A chain of more than PASSES shards stops early if the states that enter have settled: the largest change is a number
 that all ranks see alike. A document over all of P shards and cells that do not settle take P − 2 passes and the last
 one: the work of handing the state on from rank to rank, and as exact.
+
+Neither slopes at one trajectory nor states that rest prove anything where a cell has several stable states, or is not
+contractive. So what either short way gives is checked where it shows: every shard, run from the state that enters it,
+must end, to within the tolerance, with the state that enters the next. If any does not, all ranks go on together.
+Where activations are recomputed, the same numbers lead all ranks the same way again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -73,56 +79,80 @@ def context_para_lstm(
 def _shared(name: str, context: Context, solve: Solve, gates: torch.Tensor, K: int, tolerance: float) -> torch.Tensor:
     """h, from a solver of K state vectors a channel: (gates, initial (S, K, D), cu_seqlens) → h, final (S, K, D)."""
     (B, _), D = context.shape, gates.shape[-1]
-    enter = gates.new_zeros(B, K, D, dtype=state_dtype(gates))
-    if context.connected:
-        forgetful = None
-        if context.longest_tail > WORTH * BURN_IN:
-            forgetful = _of_recent(name, context, solve, gates, enter)
-        enter = forgetful if forgetful is not None else _shoot(name, context, solve, gates, enter, tolerance)
-    return solve(gates, context.initial(enter), context.cu_seqlens)[0]
+    zeros = gates.new_zeros(B, K, D, dtype=state_dtype(gates))
+    if not context.connected:
+        return solve(gates, context.initial(zeros), context.cu_seqlens)[0]
+    for enter, passes, allowed in _entering(name, context, solve, gates, zeros, tolerance):
+        h, final = solve(gates, context.initial(enter), context.cu_seqlens)
+        if allowed is None:
+            break
+        ends = context.incoming(final.detach().index_select(0, context.last), None)
+        gap = _largest(ends - enter.detach(), context)
+        if gap <= allowed:
+            record_solve(f"{name}_over_ranks", passes, gap, True)
+            break
+    return h
 
 
-def _of_recent(
-    name: str, context: Context, solve: Solve, gates: torch.Tensor, zeros: torch.Tensor
-) -> torch.Tensor | None:
+def _entering(
+    name: str, context: Context, solve: Solve, gates: torch.Tensor, zeros: torch.Tensor, tolerance: float
+) -> Iterator[tuple[torch.Tensor, int, float | None]]:
+    """States that enter, cheap ones first; after how many passes; and how far the states that leave may be from them.
+    The last are exact whatever the cell: None, no need to look."""
+    if context.longest_tail > WORTH * BURN_IN:
+        recent = _of_recent(context, solve, gates, zeros)
+        if recent is not None:
+            yield recent, 1, max(tolerance, FORGOTTEN)
+    tail, enter, change = context.tail(gates), zeros, 0.0
+    passes = context.mask(context.passes[context.axis.rank], zeros)
+    for n in range(context.chain):
+        before, start = enter, torch.where(passes, enter, 0)
+        end, A = _linearise(solve, tail, start, context.tail_seqlens, passes)
+        enter = _fold(context, end, A, start)
+        if n + 1 >= PASSES and context.chain > PASSES:
+            change = _largest(enter - before, context)
+            if change <= tolerance and n + 1 < context.chain:
+                yield _with_gradient(context, solve, tail, enter, passes), n + 2, tolerance
+    if context.chain > PASSES:
+        record_solve(f"{name}_over_ranks", context.chain + 1, change, change <= tolerance)
+    yield _with_gradient(context, solve, tail, enter, passes), context.chain + 1, None
+
+
+def _of_recent(context: Context, solve: Solve, gates: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor | None:
     """The states that enter, from the last tokens of each shard alone; None if any rank's cells remember more."""
     recent, bounds = context.recent(gates, BURN_IN)
     cut = [end - begin > BURN_IN for begin, end in context.last_pieces]
     depends = [c or p for c, p in zip(cut, context.passes[context.axis.rank])]
     _, A = _linearise(solve, recent, zeros, bounds, context.mask(depends, zeros), steep=True)
-    remembered = _largest(A, context)
-    if remembered > FORGOTTEN:
+    if _largest(A, context) > FORGOTTEN:
         return None
-    record_solve(f"{name}_over_ranks", 1, remembered, True)
     return context.incoming(solve(recent, zeros, bounds)[1], None)
 
 
-def _shoot(
-    name: str, context: Context, solve: Solve, gates: torch.Tensor, enter: torch.Tensor, tolerance: float
+def _with_gradient(
+    context: Context, solve: Solve, tail: torch.Tensor, enter: torch.Tensor, passes: torch.Tensor
 ) -> torch.Tensor:
-    """The states that enter, from whole shards."""
-    tail, bounds, passes = (
-        context.tail(gates),
-        context.tail_seqlens,
-        context.mask(context.passes[context.axis.rank], enter),
-    )
-    for n in range(context.chain):
-        before, start = enter, torch.where(passes, enter, 0)
-        end, A = _linearise(solve, tail, start, bounds, passes)
-        enter = _fold(context, end, A, start)
-        if n + 1 >= PASSES and context.chain > PASSES:
-            change = _largest(enter - before, context)
-            settled = change <= tolerance
-            if settled or n + 1 == context.chain:
-                record_solve(f"{name}_over_ranks", n + 2, change, settled)
-                break
-    start = torch.where(passes, enter, 0)
+    """The last pass, from whole shards: its value, and the gradient of the solution that it has come to."""
+    bounds, start = context.tail_seqlens, torch.where(passes, enter, 0)
     _, end = solve(tail, start, bounds)
     if not context.chain:
         return context.incoming(end, None)
     _, A = _linearise(solve, tail, start, bounds, passes, steep=True)
-    slope = _fold(context, end, A, start)
-    return _fold(context, end.detach(), _tame(A), start) + (slope - slope.detach())
+    # slopes that overflowed carry no gradient where there is none to carry
+    slope = context.incoming(end, A.nan_to_num(nan=torch.nan), _apply)
+    return _Gradient.apply(slope, _fold(context, end.detach(), _tame(A), start))
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient of the first, whose own value may have overflowed, and the value of the second."""
+
+    @staticmethod
+    def forward(ctx: Any, slope: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
 
 
 def _linearise(
