@@ -92,7 +92,8 @@ def context_gated_delta(
     if not context.connected:
         return op(q, k, v, beta, g, cu_seqlens=context.cu_seqlens)[0]
     moved = H * (K + n * (K + V + 2) + V + 2) * q.element_size()
-    if context.takes_heads(H, shares_heads(H, moved, 4 * H * K * (K + V), context)):
+    summary = 4 * H * K * (V + K * (context.chain > 0))
+    if context.takes_heads(H, shares_heads(H, moved, summary, context)):
         q, k, v, beta = (to_heads(t, context, dim) for t, dim in ((q, 2), (k, 3), (v, 3), (beta, 3)))
         g = None if g is None else to_heads(g, context, 2)
         return from_heads(op(q, k, v, beta, g, cu_seqlens=context.row_bounds)[0], context, 2)
