@@ -24,7 +24,6 @@ class Layout:
             None: plain causal attention (or, for one new token, attention to everything).
         context: where this is a shard of longer rows, what joins it to the other ranks'; `cu_seqlens` and `sequence`
             are then of its pieces of documents, and `positions` count from their documents' starts.
-        rows: those longer rows themselves.
     """
 
     shape: tuple[int, int]
@@ -34,7 +33,6 @@ class Layout:
     rope: tuple[torch.Tensor, torch.Tensor] | None = None
     mask: torch.Tensor | None = None
     context: Context | None = None
-    rows: "Layout | None" = None
 
     def flatten(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, …) → (1, B·T, …) if the batch is packed."""
@@ -47,12 +45,6 @@ class Layout:
     def last(self, state: torch.Tensor) -> torch.Tensor:
         """(S, …) final states of all sequences → (B, …) those of each row's last sequence."""
         return state if self.sequence is None else state[self.sequence[:, -1]]
-
-    def documents(self) -> torch.Tensor:
-        """(B, T) which sequence each token belongs to."""
-        if self.sequence is not None:
-            return self.sequence
-        return torch.arange(self.shape[0], device=self.positions.device)[:, None].expand(self.shape)
 
     @classmethod
     def of_rows(cls, shape: tuple[int, int], start: torch.Tensor) -> "Layout":
@@ -78,10 +70,10 @@ class Layout:
             rows = cls.of_documents((B, T * axis.size), context.row_bounds)
         positions = rows.positions[:, axis.share(T * axis.size)]
         if context.cu_seqlens is None:
-            return cls((B, T), None, None, positions, context=context, rows=rows)
+            return cls((B, T), None, None, positions, context=context)
         tokens = torch.arange(B * T, device=device)
         sequence = (torch.searchsorted(context.cu_seqlens, tokens, right=True) - 1).view(B, T)
-        return cls((B, T), context.cu_seqlens, sequence, positions, context=context, rows=rows)
+        return cls((B, T), context.cu_seqlens, sequence, positions, context=context)
 
     @classmethod
     def of_left_padded(cls, attention_mask: torch.Tensor) -> "Layout":

@@ -75,8 +75,8 @@ class RiverrunModel(nn.Module):
         if options.window is not None:
             past = min(past, options.window - 1)
         valid = cache.valid[:, cache.valid.shape[1] - past :] if cache is not None and cache.valid is not None else None
-        connected = layout.context is not None and layout.context.connected
-        layout.mask = (layout.rows if connected else layout).attention_mask(options.window, valid, past)  # type: ignore[union-attr]
+        if layout.context is None:
+            layout.mask = layout.attention_mask(options.window, valid, past)
         if options.rope:
             layout.rope = rotary_tables(layout.positions, options.head_dim, options.rope_theta, dtype)
 

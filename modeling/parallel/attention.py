@@ -8,15 +8,17 @@ from riverrun.modeling.parallel.collectives import all_to_all
 from riverrun.modeling.parallel.ring import ring_attention
 
 
+@torch.compiler.disable  # what is exchanged depends on each batch's documents, on the host
 def context_attention(
     layout: Layout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None
 ) -> torch.Tensor:
     """Causal attention of rows that several ranks share, within documents.
 
     Args:
-        layout: of the shard; its `mask` is that of the whole rows.
+        layout: of the shard.
         q: (B, H, T, d), of this rank's tokens, turned by their positions.
         k, v: (B, H_kv, T, d).
+        window: tokens that a query sees, itself included; None: all of its document up to it.
 
     Returns:
         (B, H, T, d)
@@ -25,10 +27,10 @@ def context_attention(
         ValueError: heads are to be moved and do not divide among the ranks.
     """
     context = layout.context
-    assert context is not None and layout.rows is not None
+    assert context is not None
     axis, heads, kv_heads = context.axis, q.shape[1], k.shape[1]
     if not context.connected:
-        return _attend(q, k, v, layout.mask)
+        return _attend(q, k, v, window, context.cu_seqlens, context.longest)
     divides = heads % axis.size == 0 and (kv_heads % axis.size == 0 or axis.size % kv_heads == 0)
     if context.attention == "ulysses" and not divides:
         raise ValueError(
@@ -36,12 +38,23 @@ def context_attention(
             f"tensor-parallel rank, among parallel.cp={axis.size} ranks: use parallel.attention='ring'"
         )
     if context.attention == "ring" or not divides:
-        return ring_attention(q, k, v, layout.rows.documents(), window, axis)
+        return ring_attention(q, k, v, window, context.cu_seqlens, context.longest, context)
     if kv_heads % axis.size:  # each rank's queries share one key head, which goes to all ranks that need it
         k, v = (x.repeat_interleave(axis.size // kv_heads, dim=1) for x in (k, v))
     q, k, v = (all_to_all(x, axis, split=1, join=2) for x in (q, k, v))
-    return all_to_all(_attend(q, k, v, layout.mask), axis, split=2, join=1)
+    y = _attend(q, k, v, window, context.row_bounds, context.longest)
+    return all_to_all(y, axis, split=2, join=1)
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int | None,
+    cu_seqlens: torch.Tensor | None,
+    longest: int,
+) -> torch.Tensor:
+    """Of tokens that attend to themselves: SDPA's masks would grow with the square of the rows."""
+    if cu_seqlens is None and (window is None or window >= q.shape[2]):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return ring_attention(q, k, v, window, cu_seqlens, longest, None)

@@ -7,6 +7,8 @@ all agree on what is exchanged without asking each other.
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -32,7 +34,8 @@ class Context:
         joins: joins[r][b]: the first token of shard r of row b belongs to the document that shard r − 1 ends with.
         passes: passes[r][b]: shard r of row b joins, and nothing but that document is in it.
         row_seqlens: (D + 1,) int32 bounds of the documents of the B whole rows, T · size tokens each, on the device.
-        row_bounds: the same if any document begins inside a row, else None: the whole rows as an op sees a batch.
+        bounds: the same on the host.
+        row_bounds: `row_seqlens` if any document begins inside a row, else None: the whole rows as an op sees a batch.
         tail_tokens: (N,) int64 the places, among the B·T tokens, of every row's last piece; None: of all tokens.
         tail_seqlens: (B + 1,) int32 bounds of those pieces among the N tokens; None if `tail_tokens` is.
         first_of_last: (B,) int64 where in its row of the shard each row's last piece begins; None if `tail_tokens` is.
@@ -52,6 +55,7 @@ class Context:
     joins: tuple[tuple[bool, ...], ...]
     passes: tuple[tuple[bool, ...], ...]
     row_seqlens: torch.Tensor
+    bounds: tuple[int, ...]
     row_bounds: torch.Tensor | None
     tail_tokens: torch.Tensor | None
     tail_seqlens: torch.Tensor | None
@@ -135,6 +139,7 @@ class Context:
             tuple(map(tuple, joins)),
             tuple(map(tuple, passes)),
             row_seqlens,
+            tuple(cu_seqlens),
             None if len(cu_seqlens) == rows + 1 else row_seqlens,
             tail_tokens,
             tail_seqlens,
@@ -149,6 +154,11 @@ class Context:
     def connected(self) -> bool:
         """Whether any document crosses from a shard to the next, of any rank: if not, nothing need be exchanged."""
         return any(any(row) for row in self.joins)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(end - begin for begin, end in pairwise(self.bounds))
 
     def takes_heads(self, heads: int, cheaper: bool) -> bool:
         """Whether a linear recurrence of that many heads is to move them, where `cheaper` says what "auto" would.

@@ -227,7 +227,7 @@ def gated_deltanet(context, empty, T, H=32):
     ("call", "cp", "tokens"), [(gated_deltanet, 2, 128), (gated_deltanet, 8, 1024), (mamba2, 2, 146), (mamba2, 8, 583)]
 )
 def test_few_tokens_a_rank_move_heads(call, cp, tokens):
-    """Where both methods move as many bytes: a summary of cp − 1 ranks, or a share of all inputs and outputs. Between two
+    """Where both methods move as many bytes: cp − 1 summaries, or a share of all inputs and outputs. Between two
     ranks a summary is half of one: nothing passes through a shard."""
     assert tokens / 1.5 < crossover(cp, call) < tokens * 1.5
 
