@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -26,21 +26,14 @@ class Context:
     no document begins within any of its rows, as (B, T, …) with `cu_seqlens` None. Its sequences are its pieces of
     documents. A row's first piece may go on with a document of the shard before, its last piece be gone on with.
 
+    What every rank must know alike follows from `bounds`, on the host; what ops need lies on the device, and is made
+    when it is first asked for.
+
     Attributes:
         axis: the ranks that share the rows.
         shape: (B, T) of this rank's shard.
-        cu_seqlens: (S + 1,) int32 bounds of its S pieces of documents, on the device, or None.
-        first, last: (B,) int64, which of the S pieces is the first and which the last of each row.
-        joins: joins[r][b]: the first token of shard r of row b belongs to the document that shard r − 1 ends with.
-        passes: passes[r][b]: shard r of row b joins, and nothing but that document is in it.
-        row_seqlens: (D + 1,) int32 bounds of the documents of the B whole rows, T · size tokens each, on the device.
-        bounds: the same on the host.
-        row_bounds: `row_seqlens` if any document begins inside a row, else None: the whole rows as an op sees a batch.
-        tail_tokens: (N,) int64 the places, among the B·T tokens, of every row's last piece; None: of all tokens.
-        tail_seqlens: (B + 1,) int32 bounds of those pieces among the N tokens; None if `tail_tokens` is.
-        first_of_last: (B,) int64 where in its row of the shard each row's last piece begins; None if `tail_tokens` is.
-        last_pieces: (begin, end) of every row's last piece among the B·T tokens, on the host.
-        longest_tail: tokens of the longest piece, of any rank's, that a document of the next shard goes on with.
+        bounds: of the documents over the B · T · size tokens of the whole rows, on the host; row starts are bounds.
+        device: where this rank computes.
         linear: how linear recurrences share rows: by "states" that are handed on, by "heads" that are moved, or "auto":
             whichever moves fewer bytes.
         attention: how attention does: by "ulysses", which moves heads, "ring", which passes keys round, or "auto":
@@ -49,21 +42,10 @@ class Context:
 
     axis: Axis
     shape: tuple[int, int]
-    cu_seqlens: torch.Tensor | None
-    first: torch.Tensor
-    last: torch.Tensor
-    joins: tuple[tuple[bool, ...], ...]
-    passes: tuple[tuple[bool, ...], ...]
-    row_seqlens: torch.Tensor
     bounds: tuple[int, ...]
-    row_bounds: torch.Tensor | None
-    tail_tokens: torch.Tensor | None
-    tail_seqlens: torch.Tensor | None
-    first_of_last: torch.Tensor | None
-    last_pieces: tuple[tuple[int, int], ...]
-    longest_tail: int
-    linear: str
-    attention: str
+    device: torch.device
+    linear: str = "auto"
+    attention: str = "auto"
 
     @classmethod
     def of_rows(
@@ -76,10 +58,7 @@ class Context:
         linear: str = "auto",
         attention: str = "auto",
     ) -> "Context":
-        """This rank's part of `rows` rows of `length` tokens.
-
-        Args:
-            cu_seqlens: on the host: the bounds of the documents over the rows × length tokens; row starts are bounds.
+        """This rank's part of `rows` rows of `length` tokens, of which the documents have the given bounds.
 
         Raises:
             ValueError: the length does not divide among the ranks.
@@ -89,66 +68,29 @@ class Context:
                 f"rows of {length} tokens do not divide into parallel.cp={axis.size} shards: "
                 f"set data.seq_len to a multiple of {axis.size}"
             )
-        T = length // axis.size
-        starts = set(cu_seqlens)
-        assert all(b * length in starts for b in range(rows + 1)), "row starts must be bounds"
+        bounds = tuple(cu_seqlens)
+        assert set(range(0, rows * length + 1, length)) <= set(bounds), "row starts must be bounds"
+        return cls(axis, (rows, length // axis.size), bounds, torch.device(device), linear, attention)
 
-        def begins(b: int, r: int) -> int:
-            return b * length + r * T
+    # on the host, the same for all ranks
 
-        def tail_length(b: int, r: int) -> int:
-            """Tokens of the piece that ends where shard r of row b begins."""
-            place = bisect_left(cu_seqlens, begins(b, r))
-            return begins(b, r) - max(cu_seqlens[place - 1], begins(b, r - 1))
+    def _begin(self, row: int, rank: int) -> int:
+        """The first token of a shard of a row, among those of the whole rows."""
+        T = self.shape[1]
+        return (row * self.axis.size + rank) * T
 
-        within = [[False] * rows for _ in range(axis.size)]  # a document begins after the shard's first token
-        for start in cu_seqlens[:-1]:
-            b, place = divmod(start, length)
-            within[place // T][b] |= place % T != 0
-        joins = [[begins(b, r) not in starts for b in range(rows)] for r in range(axis.size)]
-        passes = [[j and not w for j, w in zip(*row)] for row in zip(joins, within)]
+    @cached_property
+    def joins(self) -> tuple[tuple[bool, ...], ...]:
+        """joins[r][b]: the first token of shard r of row b belongs to the document that shard r − 1 ends with."""
+        starts, rows = set(self.bounds), range(self.shape[0])
+        return tuple(tuple(self._begin(b, r) not in starts for b in rows) for r in range(self.axis.size))
 
-        bounds: list[int] = []
-        first, last = [], []
-        for b in range(rows):
-            begin = begins(b, axis.rank)
-            inner = [s - begin + b * T for s in cu_seqlens if begin < s < begin + T]
-            first.append(len(bounds))
-            bounds += [b * T, *inner]
-            last.append(len(bounds) - 1)
-        bounds.append(rows * T)
-
-        def ints(values: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-
-        whole = len(bounds) == rows + 1
-        tail_tokens = tail_seqlens = first_of_last = None
-        if not whole:
-            pieces = [range(bounds[i], bounds[i + 1]) for i in last]
-            tail_tokens = ints([token for piece in pieces for token in piece])
-            sizes = torch.tensor([0, *map(len, pieces)]).cumsum(0)
-            tail_seqlens = ints(sizes.tolist(), torch.int32)
-            first_of_last = ints([piece.start % T for piece in pieces])
-        row_seqlens = ints(cu_seqlens, torch.int32)
-        return cls(
-            axis,
-            (rows, T),
-            None if whole else ints(bounds, torch.int32),
-            ints(first),
-            ints(last),
-            tuple(map(tuple, joins)),
-            tuple(map(tuple, passes)),
-            row_seqlens,
-            tuple(cu_seqlens),
-            None if len(cu_seqlens) == rows + 1 else row_seqlens,
-            tail_tokens,
-            tail_seqlens,
-            first_of_last,
-            tuple((bounds[i], bounds[i + 1]) for i in last),
-            max((tail_length(b, r) for r in range(1, axis.size) for b in range(rows) if joins[r][b]), default=0),
-            linear,
-            attention,
-        )
+    @cached_property
+    def passes(self) -> tuple[tuple[bool, ...], ...]:
+        """passes[r][b]: shard r of row b joins, and nothing but that document is in it."""
+        T = self.shape[1]
+        broken = {divmod(start // T, self.axis.size) for start in self.bounds[:-1] if start % T}
+        return tuple(tuple(j and (b, r) not in broken for b, j in enumerate(row)) for r, row in enumerate(self.joins))
 
     @property
     def connected(self) -> bool:
@@ -156,9 +98,132 @@ class Context:
         return any(any(row) for row in self.joins)
 
     @cached_property
+    def chain(self) -> int:
+        """How many shards in a row, at most, a state passes through on its way to another: what enters the shard after
+        them depends on what entered the first."""
+        longest = 0
+        for row in zip(*self.passes[:-1]):
+            run = 0
+            for passed in row:
+                run = run + 1 if passed else 0
+                longest = max(longest, run)
+        return longest
+
+    @cached_property
     def longest(self) -> int:
         """Tokens of the longest document."""
         return max(end - begin for begin, end in pairwise(self.bounds))
+
+    @cached_property
+    def longest_tail(self) -> int:
+        """Tokens of the longest piece, of any rank's, that goes on in the next shard; 0: there is none."""
+        longest = 0
+        for r, row in enumerate(self.joins):
+            for b, joined in enumerate(row):
+                if joined:
+                    end = self._begin(b, r)
+                    begin = self.bounds[bisect_left(self.bounds, end) - 1]
+                    longest = max(longest, end - max(begin, self._begin(b, r - 1)))
+        return longest
+
+    # on the host, of this rank
+
+    @cached_property
+    def _pieces(self) -> list[list[tuple[int, int]]]:
+        """Of each row the (begin, end) of its pieces of documents among this rank's B·T tokens."""
+        rows, T = [], self.shape[1]
+        for b in range(self.shape[0]):
+            shift = self._begin(b, self.axis.rank) - b * T
+            inner = (bound - shift for bound in self.bounds if b * T < bound - shift < (b + 1) * T)
+            rows.append(list(pairwise([b * T, *inner, (b + 1) * T])))
+        return rows
+
+    @cached_property
+    def last_pieces(self) -> list[tuple[int, int]]:
+        """(begin, end) of every row's last piece among the B·T tokens."""
+        return [row[-1] for row in self._pieces]
+
+    # on the device
+
+    def _put(self, values: Sequence[int] | Sequence[bool], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+
+    @cached_property
+    def cu_seqlens(self) -> torch.Tensor | None:
+        """(S + 1,) int32 bounds of this rank's S pieces of documents; None if every row is one."""
+        if all(len(row) == 1 for row in self._pieces):
+            return None
+        return self._put([0, *(end for row in self._pieces for _, end in row)], torch.int32)
+
+    @cached_property
+    def first(self) -> torch.Tensor:
+        """(B,) int64 which of the S pieces is the first of each row."""
+        return self.last - self._put([len(row) - 1 for row in self._pieces])
+
+    @cached_property
+    def last(self) -> torch.Tensor:
+        """(B,) int64 which of the S pieces is the last of each row."""
+        return self._put([count - 1 for count in accumulate(map(len, self._pieces))])
+
+    @cached_property
+    def row_seqlens(self) -> torch.Tensor:
+        """(D + 1,) int32 `bounds`."""
+        return self._put(self.bounds, torch.int32)
+
+    @property
+    def row_bounds(self) -> torch.Tensor | None:
+        """`row_seqlens` if any document begins inside a row, else None: the whole rows as an op sees a batch."""
+        return None if len(self.bounds) == self.shape[0] + 1 else self.row_seqlens
+
+    @cached_property
+    def first_of_last(self) -> torch.Tensor:
+        """(B,) int64 where in its row of the shard each row's last piece begins."""
+        return self._put([begin % self.shape[1] for begin, _ in self.last_pieces])
+
+    @cached_property
+    def _tail(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._ends(self.shape[1])
+
+    @property
+    def tail_seqlens(self) -> torch.Tensor | None:
+        """(B + 1,) int32 bounds of what `tail` returns; None if the rows are whole."""
+        return None if self.cu_seqlens is None else self._tail[1]
+
+    def _ends(self, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The places of the last tokens, up to `limit`, of every row's last piece, and their (B + 1,) bounds."""
+        pieces = [range(max(begin, end - limit), end) for begin, end in self.last_pieces]
+        tokens = self._put([token for piece in pieces for token in piece])
+        return tokens, self._put([0, *accumulate(map(len, pieces))], torch.int32)
+
+    def tail(self, x: torch.Tensor) -> torch.Tensor:
+        """What the end of the shard depends on: x (B, T, …) as it is if the rows are whole, else of (1, B·T, …) the
+        tokens of each row's last piece, (1, N, …) with bounds `tail_seqlens`."""
+        return x if self.cu_seqlens is None else x.index_select(1, self._tail[0])
+
+    def recent(self, x: torch.Tensor, limit: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `tail`, but no more than `limit` tokens of each piece; and their bounds as an op takes them."""
+        if self.cu_seqlens is None:
+            return x[:, max(0, self.shape[1] - limit) :].contiguous(), None
+        tokens, bounds = self._ends(limit)
+        return x.index_select(1, tokens), bounds
+
+    @cached_property
+    def _masks(self) -> dict[tuple[bool, ...], torch.Tensor]:
+        return {}
+
+    def mask(self, flags: Sequence[bool], like: torch.Tensor) -> torch.Tensor:
+        """(B,) flags that broadcast against `like` (B, …)."""
+        key = tuple(flags)
+        if key not in self._masks:
+            self._masks[key] = self._put(key, torch.bool)
+        return self._masks[key].view(-1, *(1,) * (like.dim() - 1))
+
+    def initial(self, incoming: torch.Tensor) -> torch.Tensor:
+        """The rows' incoming states (B, …) → the initial states of all pieces (S, …), zeros where a document begins."""
+        if self.cu_seqlens is None:
+            return incoming
+        states = incoming.new_zeros(len(self.cu_seqlens) - 1, *incoming.shape[1:])
+        return states.index_copy(0, self.first, incoming)
 
     def takes_heads(self, heads: int, cheaper: bool) -> bool:
         """Whether a linear recurrence of that many heads is to move them, where `cheaper` says what "auto" would.
@@ -172,45 +237,6 @@ class Context:
                 "use parallel.linear='states'"
             )
         return self.linear == "heads" or (self.linear == "auto" and cheaper)
-
-    def tail(self, x: torch.Tensor) -> torch.Tensor:
-        """What the end of the shard depends on: x (B, T, …) as it is if the rows are whole, else of (1, B·T, …) the
-        tokens of each row's last piece, (1, N, …) with bounds `tail_seqlens`."""
-        return x if self.tail_tokens is None else x.index_select(1, self.tail_tokens)
-
-    def recent(self, x: torch.Tensor, limit: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `tail`, but no more than `limit` tokens of each piece; and their bounds as an op takes them."""
-        T = self.shape[1]
-        if self.tail_tokens is None:
-            return x[:, max(0, T - limit) :].contiguous(), None
-        pieces = [range(max(begin, end - limit), end) for begin, end in self.last_pieces]
-        tokens = torch.tensor([token for piece in pieces for token in piece])
-        bounds = torch.tensor([0, *map(len, pieces)]).cumsum(0).to(torch.int32)
-        tokens, bounds = (t.to(x.device, non_blocking=True) for t in (tokens, bounds))
-        return x.index_select(1, tokens), bounds
-
-    def initial(self, incoming: torch.Tensor) -> torch.Tensor:
-        """The rows' incoming states (B, …) → the initial states of all pieces (S, …), zeros where a document begins."""
-        if self.cu_seqlens is None:
-            return incoming
-        states = incoming.new_zeros(len(self.cu_seqlens) - 1, *incoming.shape[1:])
-        return states.index_copy(0, self.first, incoming)
-
-    def mask(self, flags: Sequence[bool], like: torch.Tensor) -> torch.Tensor:
-        """(B,) flags that broadcast against `like` (B, …)."""
-        return torch.tensor(flags, device=like.device).view(-1, *(1,) * (like.dim() - 1))
-
-    @property
-    def chain(self) -> int:
-        """How many shards in a row, at most, a state passes through on its way to another: what enters the shard after
-        them depends on what entered the first."""
-        longest = 0
-        for row in zip(*self.passes[:-1]):
-            run = 0
-            for passed in row:
-                run = run + 1 if passed else 0
-                longest = max(longest, run)
-        return longest
 
     def incoming(self, added: torch.Tensor, transfer: torch.Tensor | None, apply: Apply = torch.mul) -> torch.Tensor:
         """The states (B, …) that enter this shard, of an affine recurrence; one gathering each way.

@@ -26,7 +26,7 @@ def context_conv1d(
                 "back: lower parallel.cp, or take longer rows"
             )
         last = x.view(B, T, -1)[:, T - tail :]
-        if context.first_of_last is not None:  # what lies before the row's last piece is another document's
+        if context.cu_seqlens is not None:  # what lies before the row's last piece is another document's
             place = torch.arange(T - tail, T, device=x.device)
             last = last.where((place >= context.first_of_last[:, None])[..., None], 0)
         before = shift(last, context.axis)
