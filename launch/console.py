@@ -9,6 +9,8 @@ import time
 from rich.console import Console
 from rich.text import Text
 
+GRACE = 5.0  # seconds
+
 out = Console()
 err = Console(stderr=True)
 
@@ -44,6 +46,8 @@ def print_error(message: str) -> None:
     _tell_torchrun(message)
     if int(os.environ.get("RANK", "0")) == 0:
         err.print(Text.assemble(("error: ", "bold red"), (message, "red")), soft_wrap=True)
+    else:
+        time.sleep(GRACE)  # torchrun stops all ranks once one is gone: the first one is to have said why
 
 
 def _where(error: OSError) -> str:
