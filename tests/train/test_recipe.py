@@ -130,7 +130,7 @@ def test_missing_file_and_folder(tmp_path):
         ("chunk_size=3", "did you mean model.mamba2.chunk_size or model.gated_delta.chunk_size?"),
         ("trian.x=3", "trian (command line) is not a recipe key: did you mean train?"),
         ("engine.foo=3", "engine.foo (command line) is not a recipe key: [engine] has device, zero_stage, coll"),
-        ("bar=3", "bar (command line) is not a recipe key: a recipe has name, description, model"),
+        ("bar=3", "bar (command line) is not a recipe key: a recipe has name, description, profile, model"),
         ('data.train=[{path="a", wieght=2}]', "data.train[0].wieght (command line) is not a recipe key: did you mean"),
         ("train.steps.x=3", "train.steps={ x = 3 } (command line) must be a whole number, for example"),
         ("name.x=3", "name is a value, not a table: it has no key 'x'; drop .x"),
