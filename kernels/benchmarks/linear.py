@@ -74,7 +74,7 @@ def fla_delta(inputs: Inputs, case: Case, load: Load) -> Work:
 
 def delta_contenders(case: Case) -> list[Contender]:
     return [
-        Contender("riverrun auto", delta_ours("triton" if case.device.type == "cuda" else "auto")),
+        Contender("riverrun auto", delta_ours("auto")),
         Contender("riverrun chunked torch", delta_ours("chunked")),
         Contender("fla", fla_delta, "chunk_gated_delta_rule, or _product; its states in bfloat16", needs_cuda=True),
         sdpa(),
@@ -133,7 +133,7 @@ def mamba(inputs: Inputs, case: Case, load: Load) -> Work:
 
 def ssd_contenders(case: Case) -> list[Contender]:
     return [
-        Contender("riverrun auto", ssd_ours("triton" if case.device.type == "cuda" else "auto")),
+        Contender("riverrun auto", ssd_ours("auto")),
         Contender("riverrun chunked torch", ssd_ours("chunked")),
         Contender("mamba_ssm", mamba, "mamba_chunk_scan_combined, chunks of 128", needs_cuda=True),
         sdpa(),

@@ -60,9 +60,8 @@ def liger(inputs: Inputs, case: Case, load: Load) -> Work:
 
 
 def contenders(case: Case) -> list[Contender]:
-    on_gpu = case.device.type == "cuda"
     return [
-        Contender("riverrun auto", ours("triton" if on_gpu else "auto")),
+        Contender("riverrun auto", ours("auto")),
         Contender("riverrun chunked torch", ours("chunked")),
         Contender("torch, all logits", full),
         Contender("Liger", liger, "computes the gradients in the forward pass: compare the sum", needs_cuda=True),

@@ -60,7 +60,7 @@ def hgrn(function: str) -> Callable[..., Work]:
 
 def contenders(case: Case) -> list[Contender]:
     found = [
-        Contender("riverrun auto", ours("triton" if case.device.type == "cuda" else "auto")),
+        Contender("riverrun auto", ours("auto")),
         Contender("riverrun chunked torch", ours("chunked")),
         Contender("torch loop", ours("reference"), f"eager; at T ≤ {LOOP_STEPS} only", max_len=LOOP_STEPS),
     ]

@@ -5,6 +5,7 @@ maps of all segments, a short one along each sequence applies them to find the s
 segment is walked as a sequence of its own, from its own state. That is about three times the work, side by side.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -55,13 +56,22 @@ def segment(x: torch.Tensor, size: int, walkers: int, room: int, cu_seqlens: tor
     length = max(LEAST_CHUNKS, triton.cdiv(triton.cdiv(B * T * walkers, room), size)) * size
     if length * WORTH > B * T:
         return None
-    if cu_seqlens is None:
-        cu_seqlens = torch.arange(0, (B + 1) * T, T, device=x.device)
-    bounds = cu_seqlens.to(torch.int32)
-    num_segments = B * T // length + sequences
+    if cu_seqlens is not None:
+        return _segments(cu_seqlens.to(torch.int32), size, length, B * T)
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()  # nothing is computed yet that could be kept
+    return (_of_rows.__wrapped__ if capturing else _of_rows)(B, T, size, length, x.device)
+
+
+@lru_cache(maxsize=32)  # a dozen small kernels, which would take the host longer than the walks take the device
+def _of_rows(B: int, T: int, size: int, length: int, device: torch.device) -> Segments:
+    return _segments(torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=device), size, length, B * T)
+
+
+def _segments(bounds: torch.Tensor, size: int, length: int, tokens: int) -> Segments:
+    """Segments of at most `length` of the sequences with bounds (S + 1,)."""
+    num_segments = tokens // length + len(bounds) - 1
     first, start, _, sequence = pieces(bounds, length, num_segments)
-    index = torch.arange(num_segments, dtype=torch.int32, device=x.device)
-    starts = torch.cat([start, bounds[-1:]]).clamp_max_(B * T)
-    return Segments(
-        cut(x.flatten(0, 1)[None], size, starts), first, index < first[sequence + 1] - 1, index > first[sequence]
-    )
+    index = torch.arange(num_segments, dtype=torch.int32, device=bounds.device)
+    starts = torch.cat([start, bounds[-1:]]).clamp_max_(tokens)
+    one_row = bounds.new_empty(1).expand(1, tokens)
+    return Segments(cut(one_row, size, starts), first, index < first[sequence + 1] - 1, index > first[sequence])

@@ -66,8 +66,7 @@ def diagonal_scan(
         if initial_state.is_complex() and not x.is_complex():
             raise ValueError(f"{op}: initial_state must be real, as x is, got {initial_state.dtype}; convert x and a")
         initial_state = initial_state.to(state_dtype)
-    # "auto" stays with the chunked form until the kernels have been checked on a card
-    chosen = resolve_backend(op, backend, x.real if x.is_complex() else x, T, has_triton=backend == "triton")
+    chosen = resolve_backend(op, backend, x.real if x.is_complex() else x, T, has_triton=True)
     if chosen == "triton":
         from riverrun.kernels.diagonal_scan.triton_op import diagonal_scan_triton
 

@@ -74,13 +74,13 @@ def gated_delta(
     if chunk_size < 1:
         raise ValueError(f"gated_delta: chunk_size must be at least 1, got {chunk_size}")
     scale = K**-0.5 if scale is None else scale
-    if backend == "triton" and (max(K, V) > LARGEST or n > MOST_STEPS):
+    fits = max(K, V) <= LARGEST and n <= MOST_STEPS
+    if backend == "triton" and not fits:
         raise ValueError(
             f"gated_delta: the Triton kernels take K and V up to {LARGEST} and n up to {MOST_STEPS}, got K={K}, V={V}, "
             f"n={n}; use backend='chunked'"
         )
-    # "auto" stays with the chunked form until the kernels have been checked on a card
-    chosen = resolve_backend("gated_delta", backend, q, T, has_triton=backend == "triton")
+    chosen = resolve_backend("gated_delta", backend, q, T, has_triton=fits)
     with torch.autocast(q.device.type, enabled=False):
         if chosen == "reference":
             return gated_delta_reference(q, k, v, beta, g, scale, qk_l2norm, initial_state, cu_seqlens)

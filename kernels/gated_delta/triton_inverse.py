@@ -1,9 +1,13 @@
-"""T = (I + A)⁻¹ of every chunk, where A_ij = β_i exp(G_i − G_j) ⟨k_i, k_j⟩ for j < i and keys of unit length; with it
-the log decays G, summed from the chunk's start, and the factors that bring the keys to unit length.
+"""The inverse of each chunk's (I + A), with A_ij = β_i Ā_ij = β_i exp(G_i − G_j) ⟨k_i, k_j⟩ for j < i and keys of unit
+length; with it the log decays G, summed from the chunk's start, and the factors that bring the keys to unit length.
 
-Forward substitution, by blocks: T_ij = −T_ii Σ_{j≤l<i} A_il T_lj, for two blocks of 1, 2, 4 and 8 rows in turn, then
-for the blocks of 16 of the chunk. What is computed on the way are entries of inverses, at most 2 for unit keys; a
-Neumann series would take powers of A, which reach 10⁵ with repeated keys at β = 2.
+T = (I + A)⁻¹ by forward substitution, by blocks: T_ij = −T_ii Σ_{j≤l<i} A_il T_lj, for two blocks of 1, 2, 4 and 8 rows
+in turn, then for the blocks of 16 of the chunk. What is computed on the way are entries of inverses, at most 2 for unit
+keys; a Neumann series would take powers of A, which reach 10⁵ with repeated keys at β = 2.
+
+The outputs need T diag(β), which is stored for them. Gradients also need (I + Ā diag(β))⁻¹ = I − U diag(β), where
+T = I − diag(β) U: for them U is stored. Each term of row i of T − I has the factor β_i, so that it can be divided out
+again where β_i = 0 was made 10⁻³⁰.
 
 One warp a program: the work is many small dependent pieces, and there are thousands of chunks to fill the device.
 """
@@ -27,11 +31,18 @@ def _invert(A, row, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _beta(beta, step, steps, H: tl.constexpr):
+    """β, never 0."""
+    b = tl.load(beta + step * H, mask=step < steps, other=0.0).to(tl.float32)
+    return tl.where(tl.abs(b) < 1e-30, 1e-30, b)
+
+
+@triton.jit
 def inverse_kernel(
     k,  # (B, T · n, H, K)
     beta,  # (B, T · n, H)
     g,  # (B, T, H)
-    inverse,  # (M, H, C, C)
+    inverse,  # (M, H, C, C): T diag(β) or U
     decay,  # (M, H, C) float32: G
     units,  # (M, H, C) float32: 1 / ‖k‖, or 1
     start,
@@ -47,6 +58,7 @@ def inverse_kernel(
     GATED: tl.constexpr,
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
+    FORWARD: tl.constexpr,  # T diag(β)
 ):
     NB: tl.constexpr = C // 16
     c, h = tl.program_id(0), tl.program_id(1)
@@ -93,8 +105,7 @@ def inverse_kernel(
         new = ()
         for i in tl.static_range(NB):
             step = i * 16 + row
-            b = tl.load(beta + (token * n + step) * H + h, mask=step < tokens * n, other=0.0).to(tl.float32)
-            b *= tl.load(units + place + step)
+            b = _beta(beta + (token * n * H + h), step, tokens * n, H) * tl.load(units + place + step)
             G_i = tl.load(decay + place + step)
             for j in tl.static_range(i + 1):
                 at_j = place + j * 16 + row
@@ -120,9 +131,17 @@ def inverse_kernel(
 
         p = inverse + place * C + row[:, None] * C + row[None, :]
         for i in tl.static_range(NB):
+            of_row = _beta(beta + (token * n * H + h), i * 16 + row, tokens * n, H)
             for j in tl.static_range(NB):
-                if j <= i:
-                    block = out[i * (i + 1) // 2 + j]
-                else:
+                if j > i:
                     block = tl.zeros([16, 16], tl.float32)
+                elif FORWARD:
+                    block = (
+                        out[i * (i + 1) // 2 + j]
+                        * _beta(beta + (token * n * H + h), j * 16 + row, tokens * n, H)[None, :]
+                    )
+                else:
+                    block = out[i * (i + 1) // 2 + j] * (-1.0 / of_row)[:, None]
+                    if i == j:
+                        block = tl.where(row[:, None] > row[None, :], block, 0.0)
                 tl.store(p + i * 16 * C + j * 16, block.to(inverse.dtype.element_ty))

@@ -13,7 +13,7 @@ from riverrun.kernels.common.triton_segments import Segments, segment
 from riverrun.kernels.gated_delta.triton_inverse import inverse_kernel
 from riverrun.kernels.gated_delta.triton_scores import scores_kernel
 
-WARPS = {"inverse": 1, "scores": 4, "forward": 4, "backward": 4, "between": 4, "gradients": 8}
+WARPS = {"inverse": 1, "scores": 4, "forward": 4, "backward": 4, "between": 4, "within": 4, "gradients": 4}
 STAGES = 2
 TILE_K = 128  # at most
 WALKERS = 2  # that fit a multiprocessor
@@ -90,20 +90,23 @@ def prepare(
     g: torch.Tensor | None,
     scale: float,
     normalise: bool,
+    *,
+    forward: bool,
 ) -> Prepared:
-    """→ inverse (M, H, C, C), decay and units (M, H, C), scores (M, H, QP, C), reads (M, H, QP)."""
+    """→ the inverse, T diag(β) if `forward` else U, (M, H, C, C); decay and units (M, H, C); scores (M, H, QP, C);
+    reads and the units of queries (M, H, QP)."""
     M, (H, C, QP) = launch.chunks.num_chunks, (launch.dims[x] for x in ("H", "C", "QP"))
     inverse, scores = (k.new_empty(M, H, rows, C, dtype=launch.inner_type(k)) for rows in (C, QP))
     decay, units = k.new_empty(2, M, H, C, dtype=torch.float32)
-    reads = k.new_empty(M, H, QP, dtype=torch.float32)
+    reads, units_q = k.new_empty(2, M, H, QP, dtype=torch.float32)
     inverse_kernel[(M, H)](
         k, beta, beta if g is None else g, inverse, decay, units, *launch.chunks.tensors[2:], k.shape[1],
         **{x: launch.dims[x] for x in ("H", "n", "K", "C", "Q")}, BK=min(32, launch.dims["BK"]),
-        NORMALISE=normalise, GATED=g is not None, PACKED=launch.chunks.packed, EXACT=launch.exact,
+        NORMALISE=normalise, GATED=g is not None, PACKED=launch.chunks.packed, EXACT=launch.exact, FORWARD=forward,
         num_warps=WARPS["inverse"],
     )  # fmt: skip
     scores_kernel[(M, H)](
-        q, k, decay, units, scores, reads, *launch.chunks.tensors[2:], k.shape[1], scale,
+        q, k, decay, units, scores, reads, units_q, *launch.chunks.tensors[2:], k.shape[1], scale,
         **launch.dims, NORMALISE=normalise, PACKED=launch.chunks.packed, num_warps=WARPS["scores"],
     )  # fmt: skip
-    return inverse, decay, units, scores, reads
+    return inverse, decay, units, scores, reads, units_q

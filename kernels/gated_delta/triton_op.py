@@ -3,7 +3,7 @@
 Forward: `inverse_kernel` and `scores_kernel` over all chunks, then `forward_kernel` along the sequences. Nothing but
 the inputs is saved.
 Backward: the preparation again; the two walks, which leave the state at each chunk's start, its adjoint at the end,
-and Y; then `gradients_kernel` over all chunks.
+W and Y; then `gradients_kernel` over all chunks.
 Where sequences and heads are too few to fill the device, each walk is of segments, after a walk for their maps.
 """
 
@@ -18,8 +18,10 @@ from riverrun.kernels.gated_delta.chunked import gated_delta_chunked
 from riverrun.kernels.gated_delta.triton_gradients import gradients_kernel
 from riverrun.kernels.gated_delta.triton_launch import WARPS, Launch, prepare, tile, tiles
 from riverrun.kernels.gated_delta.triton_walks import Walks
+from riverrun.kernels.gated_delta.triton_within import within_kernel
 
-TILE_V_OF_GRADIENTS = 32  # at most
+TILE_V_OF_GRADIENTS = 64  # at most
+STAGES_OF_GRADIENTS = 2
 
 
 def delta(
@@ -36,7 +38,9 @@ def delta(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """→ o (B, T, H, V), final state (S, H, K, V) float32."""
     launch = Launch.of(k, v, cu_seqlens, exact)
-    return Walks(launch, q, k, v, beta, prepare(launch, q, k, beta, g, scale, normalise)).outputs(initial)
+    return Walks(launch, q, k, v, beta, prepare(launch, q, k, beta, g, scale, normalise, forward=True), True).outputs(
+        initial
+    )
 
 
 def delta_backward(
@@ -54,23 +58,32 @@ def delta_backward(
     exact: bool,
 ) -> tuple[torch.Tensor, ...]:
     """→ the gradients of q, k, v, beta and g (float32, empty if there is none), initial state (empty if none)."""
-    (_, T, _, H, _), V = k.shape, v.shape[-1]
+    (batch, T, _, H, _), V = k.shape, v.shape[-1]
     launch = Launch.of(k, v, cu_seqlens, exact)
-    prepared = prepare(launch, q, k, beta, g, scale, normalise)
-    walks = Walks(launch, q, k, v, beta, prepared)
+    prepared = prepare(launch, q, k, beta, g, scale, normalise, forward=False)
+    walks = Walks(launch, q, k, v, beta, prepared, False)
     starts, maps = walks.starts(initial, both_ways=True)
-    states, KS = walks.states(starts)
+    states, W = walks.states(starts)
     grad_states, Y, grad_initial = walks.adjoints(grad_o, grad_final, maps, initial is not None)
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     grad_beta = torch.empty_like(beta, dtype=torch.float32)
-    grad_g = grad_beta.new_empty(0 if g is None else g.shape)
-    gradients_kernel[(launch.chunks.num_chunks, H)](
-        grad_o, q, k, v, beta, *prepared, states, grad_states, KS, Y, grad_q, grad_k, grad_v, grad_beta, grad_g,
-        *launch.chunks.tensors[2:], T, scale,
-        **launch.dims, V=V, BV=tile(V, TILE_V_OF_GRADIENTS), NORMALISE=normalise, GATED=g is not None,
-        PACKED=launch.chunks.packed, EXACT=launch.exact, num_warps=WARPS["gradients"],
+    grad_g = grad_beta.new_empty(0 if g is None else (2, *g.shape))
+    _, decay, units, scores, reads, units_q = prepared
+    X, Z = (k.new_empty(scores.shape[:2] + rows + scores.shape[3:]) for rows in (scores.shape[2:3], scores.shape[3:]))
+    by_G, by_G_q = torch.empty_like(decay), torch.empty_like(reads)
+    options = launch.dims | {"V": V, "GATED": g is not None, "PACKED": launch.chunks.packed}
+    options |= {"BV": tile(V, TILE_V_OF_GRADIENTS), "STAGES": STAGES_OF_GRADIENTS}
+    within_kernel[(launch.chunks.num_chunks, H)](
+        grad_o, k, beta, decay, units, scores, units_q, W, Y, grad_v, grad_beta, X, Z, by_G, by_G_q,
+        *launch.chunks.tensors[2:], T, V, scale, **options, num_warps=WARPS["within"],
     )  # fmt: skip
-    return grad_q, grad_k, grad_v, grad_beta, grad_g, grad_beta.new_empty(0) if grad_initial is None else grad_initial
+    gradients_kernel[(2 * launch.chunks.num_chunks, H)](
+        grad_o, q, k, beta, decay, units, reads, units_q, states, grad_states, W, Y, X, Z, by_G, by_G_q,
+        grad_q, grad_k, grad_g, *launch.chunks.tensors[2:], T, batch * T, V,
+        **options, NORMALISE=normalise, num_warps=WARPS["gradients"],
+    )  # fmt: skip
+    grad_g, none = grad_g if g is None else grad_g[0] + grad_g[1], grad_beta.new_empty(0)
+    return grad_q, grad_k, grad_v, grad_beta, grad_g, none if grad_initial is None else grad_initial
 
 
 def check(

@@ -4,8 +4,9 @@ A head's K channels are NK tiles of BK, so that sizes that are not a power of tw
 as they came, in 16 bits; the factors that normalise them, gates and β are float32 and go to the other operand or to the
 result, for a rounded unit key would no longer give a reflection.
 
-With β ≤ 1 errors fade, and float32 operands may be rounded to 16 bits. With β up to 2 a step may be a reflection, which
-keeps errors for ever: there (EXACT) they are the sum of three 16-bit numbers, and a product is three or six.
+With β ≤ 1 errors fade, and float32 operands may be rounded to 16 bits (PARTS = 1). With β up to 2 a step may be a
+reflection, which keeps errors for ever: there operands are sums of three 16-bit numbers, and a product is three or six;
+or of two for gradients, which are rounded to 16 bits in the end.
 """
 
 import triton
@@ -15,55 +16,54 @@ from riverrun.kernels.common.triton_math import dot
 
 
 @triton.jit
-def _parts(x, dtype: tl.constexpr):
+def _parts(x, dtype: tl.constexpr, PARTS: tl.constexpr):
     """x as a sum of numbers of type `dtype`: three of them hold the 24 bits of float32."""
-    if x.dtype == dtype:
-        return (x,)
+    if x.dtype == dtype or PARTS == 1:
+        return (x.to(dtype),)
     else:
         high = x.to(dtype)
-        rest = x - high.to(tl.float32)
-        middle = rest.to(dtype)
-        return high, middle, (rest - middle.to(tl.float32)).to(dtype)
+        return (high,) + _parts(x - high.to(tl.float32), dtype, PARTS - 1)
 
 
 @triton.jit
-def product(a, b, dtype: tl.constexpr, EXACT: tl.constexpr):
+def product(a, b, dtype: tl.constexpr, PARTS: tl.constexpr):
     """a b, of which either may be float32 where `dtype` is narrower."""
-    if EXACT:
-        a_parts, b_parts = _parts(a, dtype), _parts(b, dtype)
-        out = dot(a_parts[0], b_parts[0])
-        for i in tl.static_range(len(a_parts)):
-            for j in tl.static_range(len(b_parts)):
-                if i + j > 0 and i + j < 3:  # beyond lie products of 2⁻²⁴ and less
-                    out = dot(a_parts[i], b_parts[j], out)
-        return out
-    else:
-        return dot(a.to(dtype), b.to(dtype))
-
-
-@triton.jit
-def load_tiles(p, row, mask, stride, K: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr):
-    """Rows `row` (R,), which lie `stride` apart, as NK tiles (R, BK); zero where not `mask`."""
-    out = ()
-    for i in tl.static_range(NK):
-        column = i * BK + tl.arange(0, BK)
-        tile = tl.load(
-            p + row[:, None] * stride + column[None, :], mask=mask[:, None] & (column < K)[None, :], other=0.0
-        )
-        out = out + (tile,)
+    a_parts, b_parts = _parts(a, dtype, PARTS), _parts(b, dtype, PARTS)
+    out = dot(a_parts[0], b_parts[0])
+    for i in tl.static_range(len(a_parts)):
+        for j in tl.static_range(len(b_parts)):
+            if i + j > 0 and i + j < PARTS:  # beyond lies what is lost anyway
+                out = dot(a_parts[i], b_parts[j], out)
     return out
 
 
 @triton.jit
-def store_tiles(p, tiles, row, mask, stride, K: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr):
+def load_rows(p, row, here, STRIDE: tl.constexpr, column, WIDTH: tl.constexpr):
+    """The columns `column` of rows `row`, which lie STRIDE apart; zero where not `here`, and beyond WIDTH columns."""
+    mask = here[:, None] & (column < WIDTH)[None, :]
+    return tl.load(p + row[:, None] * STRIDE + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(p, tile, row, here, STRIDE: tl.constexpr, column, WIDTH: tl.constexpr):
+    mask = here[:, None] & (column < WIDTH)[None, :]
+    tl.store(p + row[:, None] * STRIDE + column[None, :], tile.to(p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_tiles(p, row, here, STRIDE: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr):
+    """Rows `row` (R,) as NK tiles (R, BK)."""
+    out = ()
+    for i in tl.static_range(NK):
+        out = out + (load_rows(p, row, here, STRIDE, i * BK + tl.arange(0, BK), K),)
+    return out
+
+
+@triton.jit
+def store_tiles(p, tiles, row, here, STRIDE: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr):
     """The inverse of `load_tiles`."""
     for i in tl.static_range(NK):
-        column = i * BK + tl.arange(0, BK)
-        tl.store(
-            p + row[:, None] * stride + column[None, :],
-            tiles[i].to(p.dtype.element_ty),
-            mask=mask[:, None] & (column < K)[None, :],
-        )
+        store_rows(p, tiles[i], row, here, STRIDE, i * BK + tl.arange(0, BK), K)
 
 
 @triton.jit
@@ -88,9 +88,9 @@ def inner(x, y, NK: tl.constexpr):
 
 
 @triton.jit
-def read(state, x, dtype: tl.constexpr, EXACT: tl.constexpr, NK: tl.constexpr):
+def read(state, x, dtype: tl.constexpr, PARTS: tl.constexpr, NK: tl.constexpr):
     """Sᵀ xᵀ: what rows x (R, BK) read from a state of tiles (BV, BK) → (BV, R)."""
-    out = product(state[0], tl.trans(x[0]), dtype, EXACT)
+    out = product(state[0], tl.trans(x[0]), dtype, PARTS)
     for i in tl.static_range(1, NK):
-        out += product(state[i], tl.trans(x[i]), dtype, EXACT)
+        out += product(state[i], tl.trans(x[i]), dtype, PARTS)
     return out

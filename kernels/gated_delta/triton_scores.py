@@ -1,5 +1,5 @@
 """P_tj = scale · exp(G_t − G_j) ⟨q_t, k_j⟩ of every chunk, for the sub-steps j up to token t's last and q, k of unit
-length; with it the factor by which a query reads the chunk's first state."""
+length; with it the factor by which a query reads the chunk's first state, and that which brings it to unit length."""
 
 import triton
 import triton.language as tl
@@ -17,6 +17,7 @@ def scores_kernel(
     units,  # (M, H, C) float32
     scores,  # (M, H, QP, C): P
     reads,  # (M, H, QP) float32: scale · exp(G_t) / ‖q_t‖
+    units_q,  # (M, H, QP) float32: 1 / ‖q_t‖, or 1
     start,
     length,
     T,
@@ -42,7 +43,9 @@ def scores_kernel(
         G = tl.load(decay + index * C + step)
         G_q = tl.load(decay + index * C + t * n, mask=t < Q, other=0.0)
         r_k = tl.load(units + index * C + step)
-        r_q = unit(q_tiles, NORMALISE, NK) * scale
+        r_q = unit(q_tiles, NORMALISE, NK)
+        tl.store(units_q + index * QP + t, r_q)
+        r_q *= scale
         tl.store(reads + index * QP + t, r_q * exp(G_q))
         P = inner(q_tiles, k_tiles, NK) * r_q[:, None] * r_k[None, :]
         P *= exp(tl.minimum(G_q[:, None] - G[None, :], 0.0))

@@ -35,8 +35,8 @@ def between_kernel(
     for i in tl.static_range(NK):
         row = i * BK + tl.arange(0, BK)
         if HAS_OUTER:
-            p = outer + (s * H + h) * K * V + row[:, None] * V + column[None, :]
-            tile = tl.load(p, mask=(row < K)[:, None] & (column < V)[None, :], other=0.0)
+            p_outer = outer + (s * H + h) * K * V + row[:, None] * V + column[None, :]
+            tile = tl.load(p_outer, mask=(row < K)[:, None] & (column < V)[None, :], other=0.0)
         else:
             tile = tl.zeros([BK, BV], tl.float32)
         state = state + (tile,)
@@ -48,8 +48,8 @@ def between_kernel(
             row = i * BK + tl.arange(0, BK)
             mask = (row < K)[:, None] & (column < V)[None, :]
             tl.store(states + place * V + row[:, None] * V + column[None, :], state[i], mask=mask)
-            p = offset + place * OFFSET_STRIDE + row[:, None] * OFFSET_STRIDE + column[None, :]
-            tile = tl.load(p, mask=mask, other=0.0)
+            p_offset = offset + place * OFFSET_STRIDE + row[:, None] * OFFSET_STRIDE + column[None, :]
+            tile = tl.load(p_offset, mask=mask, other=0.0)
             for j in tl.static_range(NK):
                 other = j * BK + tl.arange(0, BK)
                 p = transition + place * TRANSITION_STRIDE

@@ -3,20 +3,20 @@ head and BV channels of the values.
 
 With the names of `chunked.py`, and k, q of unit length:
 
-    R  = V − γ K S              V̂ = T (β R)             S' = γ_C S + Σ_j exp(G_C − G_j) k_j V̂_jᵀ
-    O  = scale γ Q S + P V̂
+    R  = V − γ K S              V̂ = T β R,  or  W = R − U (β R) and V̂ = β W
+    O  = scale γ Q S + P V̂      S' = γ_C S + Σ_j exp(G_C − G_j) k_j V̂_jᵀ
 
-with T and P from `triton_inverse.py` and `triton_scores.py`; and backwards, from dO and the adjoint dS' of the state at
-the chunk's end,
+with T β or U from `triton_inverse.py` and P from `triton_scores.py`; and backwards, from dO and the adjoint dS' of the
+state at the chunk's end,
 
-    dV̂ = Pᵀ dO + diag(exp(G_C − G)) K dS'         Y = Tᵀ dV̂
+    dV̂ = Pᵀ dO + diag(exp(G_C − G)) K dS'         Y = dV̂ − Uᵀ (β dV̂)
     dS = γ_C dS' + scale (γ Q)ᵀ dO − (β γ K)ᵀ Y
 
 Where few sequences and heads leave a GPU idle, segments are walked first for their affine maps S ↦ M S + U: with V and
 O left out, K more columns of state that start as the identity become M (`triton_segments.py`).
 
 States are held transposed, (BV, K): each product of the chain from state to state then has its left operand in
-registers, where the product before has left it, and k, q and T as they lie in memory on the right.
+registers, where the product before has left it, and k, q and U as they lie in memory on the right.
 """
 
 import triton
@@ -62,7 +62,7 @@ def forward_kernel(
     k,  # (B, T · n, H, K)
     v,  # (B, T · n, H, V)
     beta,  # (B, T · n, H)
-    inverse,  # (M, H, C, C)
+    inverse,  # (M, H, C, C): T diag(β) if FORWARD, else U
     decay,  # (M, H, C) float32
     units,  # (M, H, C) float32
     scores,  # (M, H, QP, C)
@@ -70,7 +70,7 @@ def forward_kernel(
     initial,  # (S, H, K, V) float32
     o,  # (B, T, H, V)
     states,  # (M, H, K, V): the states at the chunks' starts
-    KS,  # (B, T · n, H, V): what the keys, as they came, read from them
+    W,  # (B, T · n, H, V)
     final,  # (S, H, K, V) float32; or maps (S, H, K, V + K): U, M
     wanted,  # (S,) which maps
     cu_seqlens,
@@ -88,9 +88,10 @@ def forward_kernel(
     BV: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     PACKED: tl.constexpr,
+    FORWARD: tl.constexpr,
     OUTPUT: tl.constexpr,  # o and the final state,
-    STATES: tl.constexpr,  # or the states and KS, or else maps
-    EXACT: tl.constexpr,
+    STATES: tl.constexpr,  # or the states and W, or else maps
+    PARTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     dtype: tl.constexpr = k.dtype.element_ty
@@ -118,29 +119,33 @@ def forward_kernel(
         at_v = (token * n * H + h) * V + step[None, :] * (H * V) + column[:, None]
         mask_v = here[None, :] & (column < V)[:, None]
         values = tl.load(v + at_v, mask=mask_v, other=0.0)
-        T_inverse = tl.load(inverse + place * C + step[:, None] * C + step[None, :])
+        solve = tl.load(inverse + place * C + step[:, None] * C + step[None, :])
         G = tl.load(decay + place + step)
         r_k = tl.load(units + place + step)
         b = tl.load(beta + (token * n + step) * H + h, mask=here, other=0.0).to(tl.float32)
         G_end = tl.load(decay + place + C - 1)
 
-        of_state = read(state, k_tiles, dtype, EXACT, NK)
-        if STATES:
-            tl.store(KS + at_v, of_state.to(KS.dtype.element_ty), mask=mask_v)
+        of_state = read(state, k_tiles, dtype, PARTS, NK)
         R = values.to(tl.float32) - of_state * (exp(G) * r_k)[None, :]
-        corrected = product(R * b[None, :], tl.trans(T_inverse), dtype, EXACT)
+        if FORWARD:
+            corrected = product(R, tl.trans(solve), dtype, PARTS)
+        else:
+            R -= product(R * b[None, :], tl.trans(solve), dtype, PARTS)
+            if STATES:
+                tl.store(W + at_v, R.to(W.dtype.element_ty), mask=mask_v)
+            corrected = R * b[None, :]
         if OUTPUT:
             q_tiles = load_tiles(q + (token * H + h) * K, t, t < left, H * K, K, BK, NK)
             factor = tl.load(reads + index * QP + t)
             P = tl.load(scores + (index * QP + t)[:, None] * C + step[None, :])
-            out = read(state, q_tiles, dtype, False, NK) * factor[None, :]
-            out += product(corrected, tl.trans(P), dtype, False)
+            out = read(state, q_tiles, dtype, 1, NK) * factor[None, :]
+            out += product(corrected, tl.trans(P), dtype, 1)
             p_o = o + (token * H + h) * V + t[None, :] * (H * V) + column[:, None]
             tl.store(p_o, out.to(o.dtype.element_ty), mask=(t < left)[None, :] & (column < V)[:, None])
         written = corrected * (exp(G_end - G) * r_k)[None, :]
         new = ()
         for i in tl.static_range(NK):
-            new = new + (state[i] * exp(G_end) + product(written, k_tiles[i], dtype, EXACT),)
+            new = new + (state[i] * exp(G_end) + product(written, k_tiles[i], dtype, PARTS),)
         state = new
     if not STATES:
         _store_state(final + (s * H + h) * K * COLUMNS, state, column, COLUMNS, K, BK, NK)
@@ -153,7 +158,7 @@ def backward_kernel(
     q,
     k,
     beta,
-    inverse,
+    inverse,  # U
     decay,
     units,
     scores,
@@ -179,7 +184,7 @@ def backward_kernel(
     HAS_FINAL: tl.constexpr,
     STATES: tl.constexpr,  # the adjoints and Y too, or grad_initial alone
     PACKED: tl.constexpr,
-    EXACT: tl.constexpr,
+    PARTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     dtype: tl.constexpr = k.dtype.element_ty
@@ -208,7 +213,7 @@ def backward_kernel(
         q_tiles = load_tiles(q + (token * H + h) * K, t, t < left, H * K, K, BK, NK)
         p_o = grad_o + (token * H + h) * V + t[None, :] * (H * V) + column[:, None]
         g_o = tl.load(p_o, mask=(t < left)[None, :] & (column < V)[:, None], other=0.0)
-        T_inverse = tl.load(inverse + place * C + step[:, None] * C + step[None, :])
+        U = tl.load(inverse + place * C + step[:, None] * C + step[None, :])
         G = tl.load(decay + place + step)
         P = tl.load(scores + (index * QP + t)[:, None] * C + step[None, :])
         factor = tl.load(reads + index * QP + t)
@@ -216,9 +221,9 @@ def backward_kernel(
         b = tl.load(beta + (token * n + step) * H + h, mask=here, other=0.0).to(tl.float32)
         G_end = tl.load(decay + place + C - 1)
 
-        by_corrected = read(state, k_tiles, dtype, EXACT, NK) * (exp(G_end - G) * r_k)[None, :]
-        by_corrected += product(g_o, P, dtype, EXACT)
-        y = product(by_corrected, T_inverse, dtype, EXACT)
+        by_corrected = read(state, k_tiles, dtype, PARTS, NK) * (exp(G_end - G) * r_k)[None, :]
+        by_corrected += product(g_o, P, dtype, PARTS)
+        y = by_corrected - product(by_corrected * b[None, :], U, dtype, PARTS)
         if STATES:
             p_y = Y + (token * n * H + h) * V + step[None, :] * (H * V) + column[:, None]
             tl.store(p_y, y.to(Y.dtype.element_ty), mask=here[None, :] & (column < V)[:, None])
@@ -226,8 +231,8 @@ def backward_kernel(
         by_erased = y * (b * exp(G) * r_k)[None, :]
         new = ()
         for i in tl.static_range(NK):
-            adjoint = state[i] * exp(G_end) + product(by_read, q_tiles[i], dtype, EXACT)
-            new = new + (adjoint - product(by_erased, k_tiles[i], dtype, EXACT),)
+            adjoint = state[i] * exp(G_end) + product(by_read, q_tiles[i], dtype, PARTS)
+            new = new + (adjoint - product(by_erased, k_tiles[i], dtype, PARTS),)
         state = new
     if HAS_INITIAL:
         _store_state(grad_initial + (s * H + h) * K * V, state, column, V, K, BK, NK)

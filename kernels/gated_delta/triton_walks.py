@@ -23,30 +23,36 @@ class Walks:
     v: torch.Tensor
     beta: torch.Tensor
     prepared: Prepared
+    forward: bool  # for the outputs, or for gradients: what was prepared, and how exact products are
 
     def _new(self, count: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         H, K = (self.launch.dims[x] for x in ("H", "K"))
         return self.v.new_empty(count, H, K, columns, dtype=dtype)
 
+    def _parts(self) -> int:
+        """Of operands in products. Gradients are rounded to 16 bits, so that two parts hold more than they keep."""
+        return (3 if self.forward else 2) if self.launch.exact else 1
+
     def _options(self) -> dict[str, Any]:
         launch = self.launch
         dims = launch.dims | {"V": self.v.shape[-1], "BV": launch.value_tile}
-        return dims | {"PACKED": launch.chunks.packed, "EXACT": launch.exact, "STAGES": STAGES}
+        return dims | {"PACKED": launch.chunks.packed, "PARTS": self._parts(), "STAGES": STAGES}
 
-    def _forward(self, initial, o, states, KS, final, wanted=None, *, output: bool, keep: bool) -> None:
+    def _forward(self, initial, o, states, W, final, wanted=None, *, output: bool, keep: bool) -> None:
         launch, (T, V) = self.launch, (self.k.shape[1], self.v.shape[-1])
         unused = self.beta
         forward_kernel[launch.walkers(V if output or keep else V + self.k.shape[-1])](
-            self.q, self.k, self.v, self.beta, *self.prepared,
-            *(unused if x is None else x for x in (initial, o, states, KS, final, wanted)),
+            self.q, self.k, self.v, self.beta, *self.prepared[:-1],
+            *(unused if x is None else x for x in (initial, o, states, W, final, wanted)),
             *launch.chunks.tensors[:2], T,
-            **self._options(), HAS_INITIAL=initial is not None, OUTPUT=output, STATES=keep, num_warps=WARPS["forward"],
+            **self._options(), HAS_INITIAL=initial is not None, FORWARD=self.forward, OUTPUT=output, STATES=keep,
+            num_warps=WARPS["forward"],
         )  # fmt: skip
 
     def _backward(self, grad_o, grad_final, grad_states, Y, grad_initial, wanted=None, *, keep: bool) -> None:
         launch, unused = self.launch, self.beta
         backward_kernel[launch.walkers(self.v.shape[-1])](
-            grad_o, unused if grad_final is None else grad_final, self.q, self.k, self.beta, *self.prepared,
+            grad_o, unused if grad_final is None else grad_final, self.q, self.k, self.beta, *self.prepared[:-1],
             *(unused if x is None else x for x in (grad_states, Y, grad_initial, wanted)),
             *launch.chunks.tensors[:2], self.k.shape[1],
             **self._options(), HAS_INITIAL=grad_initial is not None, HAS_FINAL=grad_final is not None, STATES=keep,
@@ -87,11 +93,11 @@ class Walks:
         return o, final if segments is None else segments.of_ends(final)
 
     def states(self, initial: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """→ the chunks' first states (M, H, K, V), K S (like v), from the states where walks begin."""
+        """→ the chunks' first states (M, H, K, V), W (like v), from the states where walks begin."""
         states = self._new(self.launch.chunks.num_chunks, self.v.shape[-1], self.launch.inner_type(self.k))
-        KS = torch.empty_like(self.v, dtype=states.dtype)
-        self._forward(initial, None, states, KS, None, output=False, keep=True)
-        return states, KS
+        W = torch.empty_like(self.v, dtype=states.dtype)
+        self._forward(initial, None, states, W, None, output=False, keep=True)
+        return states, W
 
     def adjoints(
         self, grad_o: torch.Tensor, grad_final: torch.Tensor | None, maps: torch.Tensor | None, has_initial: bool

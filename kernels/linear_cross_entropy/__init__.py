@@ -64,8 +64,7 @@ def linear_cross_entropy(
         raise ValueError(f"{op}: reduction must be 'sum' or 'none', got {reduction!r}")
     if backend == "reference":
         raise ValueError(f"{op}: there is no step-by-step form; use backend='chunked'")
-    # "auto" stays with torch's operators until the kernels have been checked on a card
-    chosen = resolve_backend(op, backend, hidden, len(hidden), has_triton=backend == "triton")
+    chosen = resolve_backend(op, backend, hidden, len(hidden), has_triton=True)
     if chunk_size is None:
         chunk_size = tokens_of_chunk(hidden, len(weight))
     if chunk_size < 1:
@@ -100,8 +99,7 @@ def linear_log_z(
     Returns:
         log Z and the logits at `index`, (N,) float32 each (float64 if `hidden` is float64).
     """
-    # "auto" stays with torch's operators until the kernels have been checked on a card
-    chosen = resolve_backend("linear_log_z", backend, hidden, len(hidden), has_triton=backend == "triton")
+    chosen = resolve_backend("linear_log_z", backend, hidden, len(hidden), has_triton=True)
     chunk_size = tokens_of_chunk(hidden, len(weight))
     return _Logits.apply(hidden, weight.to(hidden.dtype), index, chunk_size, chosen == "triton")
 

@@ -9,6 +9,8 @@ from riverrun.kernels.ssd.steps import step_sizes
 
 __all__ = ["ssd", "ssd_summary"]
 
+LARGEST_P, LARGEST_N = 128, 256  # of the Triton kernels
+
 
 def ssd(
     x: torch.Tensor,
@@ -72,8 +74,13 @@ def ssd(
         check_shape("ssd", "initial_state", initial_state, (num_sequences, H, P, N), "(S, H, P, N)")
     if chunk_size < 1:
         raise ValueError(f"ssd: chunk_size must be at least 1, got {chunk_size}")
-    # "auto" stays with the chunked form until the kernels have been checked on a card
-    chosen = resolve_backend("ssd", backend, x, T, has_triton=backend == "triton")
+    fits = P <= LARGEST_P and N <= LARGEST_N
+    if backend == "triton" and not fits:
+        raise ValueError(
+            f"ssd: the Triton kernels take P up to {LARGEST_P} and N up to {LARGEST_N}, got P={P}, N={N}; use "
+            "backend='chunked'"
+        )
+    chosen = resolve_backend("ssd", backend, x, T, has_triton=fits)
     with torch.autocast(x.device.type, enabled=False):
         if chosen == "triton":
             from riverrun.kernels.ssd.triton_op import ssd_triton

@@ -15,7 +15,6 @@ import triton.language as tl
 
 from riverrun.kernels.common.triton_chunks import sequence
 from riverrun.kernels.common.triton_math import dot, exp
-from riverrun.kernels.ssd.triton_steps import load_bias, load_dt, step_sizes
 
 
 @triton.jit
@@ -45,11 +44,16 @@ def store_state(p, tile, row, column, N: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
+def load_steps(steps, decays, place, step, Q: tl.constexpr):
+    """Δ, a and a_Q of a chunk of a head."""
+    return tl.load(steps + place + step), tl.load(decays + place + step), tl.load(decays + place + Q - 1)
+
+
+@triton.jit
 def forward_kernel(
     x,  # (B, T, H, P)
-    dt,  # (B, T, H)
-    dt_bias,  # (H,) float32
-    A,  # (H,) float32
+    steps,  # (M, H, Q) float32: Δ
+    decays,  # (M, H, Q) float32: a
     B,  # (B, T, G, N)
     C,  # (B, T, G, N)
     D,  # (H,) or (H, P) float32
@@ -64,14 +68,11 @@ def forward_kernel(
     P: tl.constexpr,
     N: tl.constexpr,
     X_STRIDE: tl.constexpr,  # from token to token
-    DT_STRIDE: tl.constexpr,
     B_STRIDE: tl.constexpr,
     C_STRIDE: tl.constexpr,
     Q: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
     HAS_D: tl.constexpr,
     BY_CHANNEL: tl.constexpr,  # D is (H, P)
     HAS_INITIAL: tl.constexpr,
@@ -84,8 +85,7 @@ def forward_kernel(
     s, h = (walk // H).to(tl.int64), walk % H
     g = h // (H // G)
     channel, row, step = block * BP + tl.arange(0, BP), tl.arange(0, BN), tl.arange(0, Q)
-    begin, tokens, _ = sequence(cu_seqlens, first, s, T, Q, PACKED)
-    rate, bias = tl.load(A + h), load_bias(dt_bias, h, HAS_BIAS)
+    begin, tokens, c = sequence(cu_seqlens, first, s, T, Q, PACKED)
     if HAS_D:
         if BY_CHANNEL:
             skip = tl.load(D + h * P + channel, mask=channel < P, other=0.0)
@@ -96,15 +96,13 @@ def forward_kernel(
     else:
         state = tl.zeros([BN, BP], tl.float32)
 
-    raw = load_dt(dt + h, begin, 0, tokens, step, DT_STRIDE)
     for at in tl.range(0, tokens, Q, num_stages=STAGES):
         token = begin + at
         here = step < tokens - at
         x_tile = load_rows(x + token * X_STRIDE + h * P, step, here, X_STRIDE, channel, P)
         B_tile = load_rows(B + token * B_STRIDE + g * N, step, here, B_STRIDE, row, N)
         C_tile = load_rows(C + token * C_STRIDE + g * N, step, here, C_STRIDE, row, N)
-        d, a, end = step_sizes(raw, bias, rate, step, here, Q, SOFTPLUS)
-        raw = load_dt(dt + h, begin, at + Q, tokens, step, DT_STRIDE)
+        d, a, end = load_steps(steps, decays, ((c + at // Q) * H + h) * Q, step, Q)
 
         kept = (x_tile.to(tl.float32) * (d * exp(end - a))[:, None]).to(dtype)
         scores = dot(C_tile, tl.trans(B_tile))

@@ -16,9 +16,9 @@ from riverrun.kernels.ssd.chunked import ssd_chunked
 from riverrun.kernels.ssd.steps import step_sizes
 from riverrun.kernels.ssd.triton_backward import gradients_kernel
 from riverrun.kernels.ssd.triton_launch import CHUNK, TILE_NUMBERS, Launch
+from riverrun.kernels.ssd.triton_step_sizes import Steps
 from riverrun.kernels.ssd.triton_walks import Walks, rows
 
-LARGEST_P, LARGEST_N = 128, 256
 GRADIENTS_WARPS = {64: 4, 32: 8, 16: 8}  # by the tokens of a chunk
 STAGES, READ_STAGES = 2, 3  # of the gradients; fewer for larger states
 
@@ -39,7 +39,8 @@ def scan(
     batch, T, H, P = x.shape
     y = x.new_empty(batch, T, H, P)
     final = x.new_empty(batch if cu_seqlens is None else len(cu_seqlens) - 1, H, P, B.shape[3], dtype=torch.float32)
-    walks = Walks(Launch.of(x, B, cu_seqlens), rows(dt), bias, softplus, A, T)
+    launch = Launch.of(x, B, cu_seqlens)
+    walks = Walks(launch, Steps(launch, rows(dt), bias, A, softplus, T).make(), T)
     x, B, C = map(rows, (x, B, C))
     walks.outputs(x, B, C, D, initial, y, final)
     return y, final
@@ -62,36 +63,43 @@ def scan_backward(
     """→ the gradients of x, dt, A, B, C, D, the bias and the initial state (those three empty if there is none)."""
     (batch, T, H, P), (G, N) = x.shape, B.shape[2:]
     launch = Launch.of(x, B, cu_seqlens)
-    M, splits = launch.chunks.num_chunks, launch.splits
-    walks = Walks(launch, rows(dt), bias, softplus, A, T)
-    grad_x, grad_dt = x.new_empty(x.shape), dt.new_empty(dt.shape)
+    M, splits, Q = launch.chunks.num_chunks, launch.splits, launch.dims["Q"]
+    steps = Steps(launch, rows(dt), bias, A, softplus, T)
+    walks = Walks(launch, steps.make(), T)
+    grad_x = x.new_empty(x.shape)
     x, B, C = map(rows, (x, B, C))
 
     grad_initial = None if initial is None else torch.empty_like(initial)
     states, decay = walks.states(x, B, initial)
     grad_states = walks.adjoints(rows(grad_y), C, grad_final, grad_initial, decay)
 
-    parts = A.new_empty(2, batch, T, H)  # of grad_dt
-    grad_A, grad_bias = A.new_zeros(2, M, H), A.new_zeros(0 if bias is None else (2, M, H))
-    grad_B = x.new_empty(splits, batch, T, G, N, dtype=x.dtype if splits == 1 else torch.float32)
-    grad_C = A.new_empty(2 * splits, batch, T, G, N)
+    by_read, by_a, by_d, by_written = A.new_empty(4, M, H, Q)
+    flow = A.new_empty(M, H)
+    grad_B, grad_C = A.new_empty(2, splits, 2, batch, T, G, N)
     grad_D = A.new_zeros(0 if D is None else (M, *D.shape))
     size = P * launch.dims["BN"] * TILE_NUMBERS // launch.tile  # of a state
     fewer = size > 4 * TILE_NUMBERS
-    gradients_kernel[(2 * M * G * splits,)](
-        grad_y, x, *walks.steps(), B, C, x if D is None else D, states, grad_states,
-        grad_x, parts, grad_bias, grad_A, grad_B, grad_C, grad_D, *launch.chunks.tensors[2:], T, M, batch * T,
+    gradients_kernel[(4 * M * G * splits,)](
+        grad_y, x, *walks.steps, B, C, x if D is None else D, states, grad_states,
+        grad_x, by_read, flow, by_a, by_d, by_written, grad_B, grad_C, grad_D,
+        *launch.chunks.tensors[2:], T, batch * T,
         **walks.options(), X_STRIDE=x.stride(0), B_STRIDE=B.stride(0), C_STRIDE=C.stride(0), BP=launch.channels,
         HEADS=H // G // splits, HAS_D=D is not None, BY_CHANNEL=D is not None and D.dim() == 2,
         READ_STAGES=READ_STAGES - fewer - (size > TILE_NUMBERS), STAGES=STAGES - fewer,
-        num_warps=GRADIENTS_WARPS[launch.dims["Q"]],
+        num_warps=GRADIENTS_WARPS[Q],
     )  # fmt: skip
-    torch.add(*parts, out=grad_dt)  # summed, then rounded
-    grad_B = grad_B[0] if splits == 1 else grad_B.sum(0).to(x.dtype)
-    grad_D, grad_bias = grad_D if D is None else grad_D.sum(0), grad_bias if bias is None else grad_bias.sum((0, 1))
-    grad_C = grad_C.sum(0).to(x.dtype)
+    grad_dt, grad_bias, grad_A = steps.gradients(walks.steps, by_read, flow, by_a, by_d, by_written, dt)
+    grad_D = grad_D if D is None else grad_D.sum(0)
+    grad_B, grad_C = (_total(t, x.dtype) for t in (grad_B, grad_C))
     grad_initial = A.new_empty(0) if grad_initial is None else grad_initial
-    return grad_x, grad_dt, grad_A.sum((0, 1)), grad_B, grad_C, grad_D, grad_bias, grad_initial
+    return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_bias, grad_initial
+
+
+def _total(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(splits, 2, …) → (…): the sum, rounded once."""
+    if len(parts) > 1:
+        return parts.sum((0, 1)).to(dtype)
+    return torch.add(*parts[0], out=parts.new_empty(parts.shape[2:], dtype=dtype))
 
 
 def check(
@@ -222,12 +230,6 @@ def ssd_triton(
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`riverrun.kernels.ssd.ssd`. The values of `cu_seqlens` are not checked: the host does not wait for them."""
-    P, N = x.shape[3], B.shape[3]
-    if P > LARGEST_P or N > LARGEST_N:
-        raise ValueError(
-            f"ssd: the Triton kernels take P up to {LARGEST_P} and N up to {LARGEST_N}, got P={P}, N={N}; use "
-            "backend='chunked'"
-        )
     if cu_seqlens is not None and x.shape[0] != 1:
         raise ValueError(f"cu_seqlens describes documents packed into one row: expected batch size 1, got {x.shape[0]}")
     B, C = B.to(x.dtype), C.to(x.dtype)

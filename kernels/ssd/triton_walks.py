@@ -28,28 +28,21 @@ def rows(x: torch.Tensor) -> torch.Tensor:
 class Walks:
     """
     Attributes:
-        dt: (B·T, H), bias: (H,) or None, softplus, A: (H,): the steps.
+        steps: Δ and a of all chunks, (M, H, Q) each.
         T: tokens of a row.
     """
 
     launch: Launch
-    dt: torch.Tensor
-    bias: torch.Tensor | None
-    softplus: bool
-    A: torch.Tensor
+    steps: tuple[torch.Tensor, torch.Tensor]
     T: int
-
-    def steps(self) -> tuple[torch.Tensor, ...]:
-        return self.dt, self.A if self.bias is None else self.bias, self.A
 
     def options(self) -> dict[str, Any]:
         """Of all kernels. Strides are constants: as variables they would cost a register for each row of a tile."""
-        steps = {"DT_STRIDE": self.dt.stride(0), "HAS_BIAS": self.bias is not None, "SOFTPLUS": self.softplus}
-        return self.launch.dims | steps | {"PACKED": self.launch.chunks.packed}
+        return self.launch.dims | {"PACKED": self.launch.chunks.packed}
 
     def _new_states(self, count: int) -> torch.Tensor:
         H, P, N = (self.launch.dims[x] for x in ("H", "P", "N"))
-        return self.A.new_empty(count, H, P, N)
+        return self.steps[0].new_empty(count, H, P, N)
 
     def outputs(
         self,
@@ -67,7 +60,7 @@ class Walks:
             initial = self._between(*self._maps(x, B), initial, final, backward=False)
         programs, channels = self.launch.walk()
         forward_kernel[(programs,)](
-            x, *self.steps(), B, C, x if D is None else D, final if initial is None else initial, y, final,
+            x, *self.steps, B, C, x if D is None else D, final if initial is None else initial, y, final,
             *self.launch.chunks.tensors[:2], self.T,
             **self.options(), X_STRIDE=x.stride(0), B_STRIDE=B.stride(0), C_STRIDE=C.stride(0), BP=channels,
             HAS_D=D is not None, BY_CHANNEL=D is not None and D.dim() == 2, HAS_INITIAL=initial is not None,
@@ -114,7 +107,7 @@ class Walks:
         programs, channels = self.launch.walk()
         registers = STATES_REGISTERS if self.launch.segments is None else None  # there are not four of segments
         states_kernel[(programs,)](
-            x, *self.steps(), B, *(self.A if t is None else t for t in (first, states, last, decay)),
+            x, *self.steps, B, *(self.steps[0] if t is None else t for t in (first, states, last, decay)),
             *self.launch.chunks.tensors[:2], self.T,
             **self.options(), X_STRIDE=x.stride(0), B_STRIDE=B.stride(0), BP=channels, BACKWARD=backward,
             HAS_FIRST=first is not None, KEEP_STATES=states is not None, KEEP_LAST=last is not None,

@@ -154,13 +154,13 @@ def test_user_errors():
 
 def test_compiles_for_hopper():
     kernels = compile_for_hopper(Path(__file__).with_name("launches_gated_delta.py"))
-    names = {f"{name}_kernel" for name in ("inverse", "scores", "forward", "between", "backward", "gradients")}
-    assert {k["kernel"] for k in kernels} == names
+    names = ("inverse", "scores", "forward", "between", "backward", "within", "gradients")
+    assert {k["kernel"] for k in kernels} == {f"{name}_kernel" for name in names}
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_LIMIT, kernel
         if kernel["launch"] == "launch_gated_deltanet":
-            assert kernel["stack"] <= (400 if kernel["kernel"] == "gradients_kernel" else 16), f"spills: {kernel}"
-        if kernel["kernel"] in ("forward_kernel", "backward_kernel", "gradients_kernel"):
+            assert kernel["stack"] <= (128 if kernel["kernel"] == "gradients_kernel" else 64), f"spills: {kernel}"
+        if kernel["kernel"] in ("forward_kernel", "backward_kernel", "within_kernel", "gradients_kernel"):
             assert kernel["wgmma"] > 0, kernel
 
 
