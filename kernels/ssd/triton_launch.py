@@ -14,6 +14,7 @@ from riverrun.kernels.common.triton_segments import Segments, segment
 CHUNK = 64  # tokens, at most
 TILE_NUMBERS = 8192
 TILE_P = 64  # channels of a program, at most
+LEAST_ROWS = 64  # of a state in Hopper's matrix products: with 16, which need other ones, Triton 3.6's code faulted
 WALKERS = 2  # that fit a multiprocessor
 
 
@@ -37,8 +38,8 @@ class Launch:
     @classmethod
     def of(cls, x: torch.Tensor, B: torch.Tensor, cu_seqlens: torch.Tensor | None) -> "Launch":
         (_, T, H, P), (G, N) = x.shape, B.shape[2:]
-        BN = max(16, triton.next_power_of_2(N))
         narrow = x.element_size() == 2  # products of float32 are three of narrower numbers
+        BN = max(LEAST_ROWS if narrow and _is_hopper() else 16, triton.next_power_of_2(N))
         tile = TILE_NUMBERS if narrow else TILE_NUMBERS // 4
         most = min(CHUNK if narrow and _is_hopper() else CHUNK // 2, tile // BN)
         Q = max(16, min(most, triton.next_power_of_2(T)))
