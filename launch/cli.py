@@ -15,6 +15,7 @@ from riverrun.launch.commands import (
     doctor,
     export,
     generate,
+    plan,
     quickstart,
     recipes,
     reshard,
@@ -77,6 +78,7 @@ TRAINING, MODELS, MACHINE = "Recipes and training", "Trained models", "This mach
 app.command("recipes", rich_help_panel=TRAINING)(recipes.recipes)
 app.command("config", rich_help_panel=TRAINING)(config.config)
 app.add_typer(data.app, name="data", rich_help_panel=TRAINING)
+app.command("plan", rich_help_panel=TRAINING)(plan.plan)
 app.command("train", rich_help_panel=TRAINING)(train.train)
 app.add_typer(evaluation.app, name="eval", rich_help_panel=MODELS)
 app.command("generate", rich_help_panel=MODELS)(generate.generate)

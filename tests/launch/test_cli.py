@@ -229,7 +229,9 @@ def test_recipes_lists_all():
 def test_the_promised_recipes_are_shipped():
     assert set(shipped.names()) == {
         "quickstart", "mamba2-130m", "hybrid-130m", "para-lstm-400m", "para-gru-400m", "olmo-hybrid-1b", "mamba2-1.3b",
-        "hybrid-7b", "slstm-400m",
+        "hybrid-7b", "slstm-400m", "para-gru-1b", "para-gru-3b", "para-gru-7b", "para-lstm-1b", "para-lstm-3b",
+        "para-lstm-7b", "mamba2-2.7b", "gated-delta-product-1.3b", "mamba2-attention-7b", "gated-delta-attention-7b",
+        "riverrun-1b", "riverrun-7b",
     }  # fmt: skip
 
 
@@ -243,12 +245,32 @@ def test_each_shipped_recipe_is_what_it_says(name):
     assert count_tokens(recipe) == recipe.train.steps * recipe.train.global_batch_size * recipe.data.seq_len
 
 
-def test_the_mamba2_recipes_have_the_published_sizes():
-    assert count_parameters(shipped.load("mamba2-130m", require_inputs=False).recipe) == 128_989_632
+PUBLISHED = {  # of the model, or of the size that the source names
+    "mamba2-130m": 129e6, "mamba2-1.3b": 1.344e9, "mamba2-2.7b": 2.703e9, "hybrid-7b": 7.43e9,
+    "gated-delta-product-1.3b": 1.3e9, "para-gru-3b": 2.9e9, "para-lstm-3b": 2.9e9, "para-gru-7b": 6.76e9,
+    "para-lstm-7b": 6.76e9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_have_the_published_sizes(name):
+    assert count_parameters(shipped.load(name, require_inputs=False).recipe) == pytest.approx(
+        PUBLISHED[name], rel=0.015
+    )
+
+
+@pytest.mark.parametrize("name", [n for n in shipped.names() if re.search(r"-[\d.]+b$", n)])
+def test_large_recipes_are_of_their_size_and_can_be_shared(name):
+    recipe = shipped.load(name, require_inputs=False).recipe
+    size = float(re.search(r"-([\d.]+)b$", name)[1]) * 1e9
+    if name != "olmo-hybrid-1b":  # OLMo 2 1B's shape, whose MLPs are wider
+        assert count_parameters(recipe) == pytest.approx(size, rel=0.1)
+    assert recipe.model.tp_problems(2) == []
+    assert count_tokens(recipe) == pytest.approx(20 * count_parameters(recipe), rel=0.05)
 
 
 def test_completion_of_recipe_names():
-    assert [name for name, _ in shipped.complete("mamba2")] == ["mamba2-1.3b", "mamba2-130m"]
+    assert [name for name, _ in shipped.complete("mamba2-1")] == ["mamba2-1.3b", "mamba2-130m"]
     assert all(description for _, description in shipped.complete(""))
 
 

@@ -1,0 +1,260 @@
+"""The peak memory of one GPU in training, by part, for any layout of the ranks: nothing is allocated for it.
+
+What ZeRO holds is read from DeepSpeed 0.19.8 as `train/engine.py` sets it up, with P parameters on a tensor-parallel
+rank and d = dp · cp ranks that share a copy of them; 2 bytes are of bf16, and are 4 in fp32 recipes:
+
+- Stage 1 (`BF16_Optimizer`): 2 P weights, 4 P for all gradients in one fp32 buffer, 12 P / d master weights and Adam's
+  moments. A parameter's own gradient is added to the buffer and freed at once (`immediate_grad_update`). Before the
+  step `allreduce_no_retain` copies the buffers of all parameter groups into one, 4 P, after the activations are gone.
+- Stage 2 (`DeepSpeedZeroOptimizer`): 2 P weights, 4 P / d gradients (`_build_compact_grad_partition_buffer`), 12 P / d;
+  in the backward pass a bucket of `reduce_bucket_size` gradients in bf16 and its fp32 copy for the communication.
+- Stage 3: 2 P / d weights, 4 P / d gradients (`grad_partitions_flat_buffer`), 12 P / d; weights gathered for the
+  layers at work, up to `max_live_parameters`; a bucket in fp32 that stays, and its copy; in the step the gradients of
+  up to `sub_group_size` parameters once more.
+
+Activations come from `launch/footprint.py`, and are put together over the layers as training does: the forward pass
+stacks up what each block saves, the backward pass takes it down. The peak is the largest of those moments.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+
+from riverrun.launch.footprint import block_footprint, head_footprint
+from riverrun.modeling.config import RiverrunConfig
+from riverrun.modeling.options import ModelOptions
+from riverrun.modeling.parallel.sharding import meta_model, parameter_plan
+from riverrun.train.config import Recipe
+from riverrun.train.optim import muon_matrices
+
+GIB = 2**30
+BUCKET = 200_000_000  # parameters: `reduce_bucket_size` of train/engine.py
+LIVE = 1_000_000_000  # parameters: DeepSpeed's default of `stage3_max_live_parameters`, and of `sub_group_size`
+
+# What torch.cuda.max_memory_allocated does not see, by experience and not counted: the CUDA context with the kernels
+# that are loaded, cuBLAS' workspaces; NCCL's buffers of a group of ranks; blocks that the allocator holds but cannot
+# use, as a share of what is allocated.
+CONTEXT, NCCL_GROUP, FRAGMENTED = 1.0 * GIB, 0.5 * GIB, 0.04
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How N = dp · cp · tp GPUs share a recipe's work.
+
+    Attributes:
+        micro_batch: rows that the ranks of one dp place compute at once.
+    """
+
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
+    zero_stage: int = 1
+    micro_batch: int = 1
+    recompute: bool = False
+
+    @property
+    def gpus(self) -> int:
+        return self.dp * self.cp * self.tp
+
+    def overrides(self) -> dict[str, object]:
+        """The recipe's keys that ask for it; dp is what remains of the ranks."""
+        return {
+            "parallel.tp": self.tp,
+            "parallel.cp": self.cp,
+            "engine.zero_stage": self.zero_stage,
+            "train.micro_batch_size": self.micro_batch,
+            "train.recompute": self.recompute,
+        }
+
+    def applied(self, recipe: Recipe) -> Recipe:
+        """The recipe with these overrides."""
+        sections: dict[str, dict[str, object]] = {}
+        for key, value in self.overrides().items():
+            section, _, name = key.partition(".")
+            sections.setdefault(section, {})[name] = value
+        return recipe.model_copy(
+            update={name: getattr(recipe, name).model_copy(update=values) for name, values in sections.items()}
+        )
+
+    @classmethod
+    def of(cls, recipe: Recipe, gpus: int) -> "Layout":
+        """What the recipe itself asks for, on so many GPUs."""
+        tp, cp = recipe.parallel.tp, recipe.parallel.cp
+        rows, recompute = recipe.train.micro_batch_size, recipe.train.recompute
+        return cls(gpus // (tp * cp), cp, tp, recipe.engine.zero_stage, rows, recompute)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU at the moment when most is allocated.
+
+    Attributes:
+        moment: which one that is.
+        weights, gradients, optimizer: of the parameters, as ZeRO shares them.
+        exchange: what ZeRO gathers, buckets or copies at that moment.
+        activations: saved for the backward pass, by all layers.
+        working: what the block that runs allocates besides; under recompute also all that it saves.
+        states: recurrent states that the Triton kernels of that block hold.
+        loss: logits of a chunk of tokens and their gradients, that of the head's weight.
+        outside: an allowance for what the allocator does not count, or wastes (`CONTEXT`, `NCCL_GROUP`, `FRAGMENTED`).
+    """
+
+    moment: str
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    exchange: float = 0.0
+    activations: float = 0.0
+    working: float = 0.0
+    states: float = 0.0
+    loss: float = 0.0
+    outside: float = field(default=0.0, kw_only=True)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Bytes of what is allocated, by name."""
+        return {name: value for name, value in vars(self).items() if name not in ("moment", "outside")}
+
+    @property
+    def allocated(self) -> float:
+        """What `torch.cuda.max_memory_allocated` would say, and `riverrun train` shows as memory."""
+        return sum(self.parts.values())
+
+    @property
+    def total(self) -> float:
+        """With the allowance: what the GPU must have."""
+        return self.allocated + self.outside
+
+
+@dataclass(frozen=True)
+class Held:
+    """Parameters of one tensor-parallel rank."""
+
+    numel: int
+    tensors: int
+    fp32: int  # of them kept in fp32 by stage 1
+    muon: int  # of them trained by Muon, which has one moment instead of two
+    largest: int
+    embedding: int
+
+
+@lru_cache(maxsize=64)
+def parameters(options: ModelOptions, tp: int, muon: bool = False) -> Held:
+    """Counts of `shard_shapes`' numbers.
+
+    Raises:
+        ValueError: sizes that do not divide among `tp` ranks.
+    """
+    model = meta_model(RiverrunConfig.from_options(options))
+    plan = parameter_plan(model, tp)
+    orthogonal = muon_matrices(model) if muon else set()
+    sizes: dict[str, int] = {}
+    for name, p in model.named_parameters():
+        split = plan[name]
+        sizes[name] = (p.shape if split is None else split.shape(p.shape, tp)).numel()
+    params = dict(model.named_parameters())
+    embedding = sizes["model.embed_tokens.weight"]
+    return Held(
+        numel=sum(sizes.values()),
+        tensors=len(sizes),
+        fp32=sum(n for name, n in sizes.items() if getattr(params[name], "keep_fp32", False)),
+        muon=sum(n for name, n in sizes.items() if params[name] in orthogonal),
+        largest=max(sizes.values()),
+        embedding=embedding,
+    )
+
+
+def predict(recipe: Recipe, layout: Layout) -> Memory:
+    """The peak of a rank's memory in training.
+
+    Args:
+        recipe: resolved; its own layout does not matter.
+
+    Raises:
+        ValueError: the model's sizes do not divide among `layout.tp` ranks.
+    """
+    worst = max(moments(recipe, layout), key=lambda memory: memory.allocated)
+    groups = sum(size > 1 for size in (layout.gpus, layout.dp * layout.cp, layout.dp, layout.cp, layout.tp))
+    outside = CONTEXT + NCCL_GROUP * min(groups, 4) + FRAGMENTED * worst.allocated
+    return Memory(worst.moment, **worst.parts, outside=outside)
+
+
+def moments(recipe: Recipe, layout: Layout) -> Iterator[Memory]:
+    """Every moment of a step at which memory can be at its peak, `outside` left out."""
+    options, dtype = recipe.model, kind(recipe)
+    held = parameters(options, layout.tp, recipe.optimizer.name == "muon")
+    size, ranks = dtype.itemsize, layout.dp * layout.cp
+    stage, P = layout.zero_stage, held.numel
+    of_adam = 12 * P - 4 * held.muon
+    bucket = min(P, max(BUCKET, held.largest))
+
+    weights = size * P + ((4 - size) * held.fp32 if stage == 1 else 0)
+    static = {
+        "weights": weights / (ranks if stage == 3 else 1),
+        "gradients": 4 * P / (ranks if stage > 1 else 1),
+        "optimizer": of_adam / ranks,
+    }
+    gathered = {1: 0, 2: 0, 3: size * min(P, LIVE) + 4 * BUCKET}[stage]
+    reducing = gathered + {1: 0, 2: size * BUCKET + 4 * bucket, 3: 4 * bucket}[stage]
+
+    tokens = layout.micro_batch * recipe.data.seq_len // layout.cp
+    blocks = [block_footprint(options, mixer, layout.tp, dtype) for mixer in options.layers]
+    once, a_layer = masks(options, layout, recipe.data.seq_len, dtype)
+    kept = once + 6 * 8 * tokens  # tokens, targets, positions, documents: int64
+    tied = size * held.embedding if options.tie_word_embeddings else 0  # the head's gradient waits for the embedding's
+    below = []
+    for block, mixer in zip(blocks, options.layers):
+        below.append(kept)
+        kept += block.entered(tokens) if layout.recompute else block.saved(tokens) + a_layer * (mixer == "attention")
+
+    def during(moment: str, activations: float, peak: tuple[float, float], own: float, **more: float) -> Memory:
+        """A block at work: `peak` counts its `own` saved bytes, which are among `activations`."""
+        high, inside = peak
+        return Memory(moment, **static, activations=activations, working=high - inside - own, states=inside, **more)
+
+    for i, (block, mixer) in enumerate(zip(blocks, options.layers)):
+        rows = tokens / block.row
+        name, mask = f"block {i} ({mixer})", a_layer * (mixer == "attention")
+        forward, inside = block.forward.peak(rows)
+        yield during(f"forward of {name}", below[i], (forward + mask, inside), 0, exchange=gathered)
+        grown = tokens * options.hidden_size * size / layout.tp  # the gradient of its output, while it is recomputed
+        if layout.recompute:
+            again = (forward + mask + grown, inside)
+            yield during(f"recompute of {name}", below[i], again, 0, exchange=gathered, loss=tied)
+        high, inside = block.backward.peak(rows)
+        own = block.entered(tokens) if layout.recompute else block.saved(tokens)
+        yield during(
+            f"backward of {name}", below[i] + own + (0 if layout.recompute else mask),
+            (high + (mask if layout.recompute else 0), inside), own, exchange=reducing, loss=tied,
+        )  # fmt: skip
+    head = head_footprint(options, layout.tp, dtype, tokens)
+    for name, step in (("forward of the loss", head.forward), ("backward of the loss", head.backward)):
+        yield Memory(name, **static, exchange=reducing, activations=kept, loss=step.peak(tokens / head.row)[0])
+    gradient = (size + 4) * held.embedding
+    yield Memory("backward of the embedding", **static, exchange=reducing, activations=once, working=gradient + tied)
+    if stage == 1:
+        yield Memory("reduction of the gradients", **static, exchange=4.0 * P)
+    if stage == 3:
+        yield Memory("step", **static, exchange=4 * BUCKET + 4 * min(P / ranks, LIVE))
+    yield Memory("start: weights in fp32", weights=4.0 * P)
+
+
+def masks(options: ModelOptions, layout: Layout, seq_len: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes of attention's mask for packed documents, once, and of what each attention layer makes and saves of it.
+
+    On one rank a row the model gives SDPA a boolean mask (B, 1, T, T), which SDPA turns into a bias in the type of q
+    and saves. Context-parallel attention knows documents by their bounds: no mask.
+    """
+    if "attention" not in options.layers:
+        return 0.0, 0.0
+    tokens = layout.micro_batch * seq_len // layout.cp
+    rotary = 2 * tokens * options.attention.head_dim * dtype.itemsize if options.attention.rope else 0
+    scores = 0 if layout.cp > 1 else layout.micro_batch * seq_len**2
+    return float(rotary + scores), float(scores * dtype.itemsize)
+
+
+def kind(recipe: Recipe) -> torch.dtype:
+    """Of parameters and activations."""
+    return torch.bfloat16 if recipe.train.dtype == "bf16" else torch.float32
