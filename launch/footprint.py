@@ -199,7 +199,7 @@ class _AsOnCuda(TorchFunctionMode):
 
 class _Attention(torch.autograd.Function):
     """Saves and allocates what torch's fused kernels do: q, k, v, the output and its log-sum-exp; backward, a float32
-    sum of q's gradient. The mask is `memory.masks`'s."""
+    sum of q's gradient."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -370,7 +370,7 @@ def _free_gradients(*params: nn.Parameter) -> None:
 
 
 def _layout(options: ModelOptions, rows: int, length: int, dtype: torch.dtype) -> Layout:
-    """Rows of one document each: the recurrences save the same for packed ones, and `memory.masks` has the mask."""
+    """Rows of one document each: all mixers save the same for packed ones."""
     layout = Layout.of_rows((rows, length), torch.zeros(rows, dtype=torch.int64))
     if options.attention.rope:
         layout.rope = rotary_tables(layout.positions, options.attention.head_dim, options.attention.rope_theta, dtype)

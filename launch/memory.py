@@ -201,13 +201,13 @@ def moments(recipe: Recipe, layout: Layout) -> Iterator[Memory]:
 
     tokens = layout.micro_batch * recipe.data.seq_len // layout.cp
     blocks = [block_footprint(options, mixer, layout.tp, dtype) for mixer in options.layers]
-    once, a_layer = masks(options, layout, recipe.data.seq_len, dtype)
+    once = rotary(options, tokens, dtype)
     kept = once + 6 * 8 * tokens  # tokens, targets, positions, documents: int64
     tied = size * held.embedding if options.tie_word_embeddings else 0  # the head's gradient waits for the embedding's
     below = []
-    for block, mixer in zip(blocks, options.layers):
+    for block in blocks:
         below.append(kept)
-        kept += block.entered(tokens) if layout.recompute else block.saved(tokens) + a_layer * (mixer == "attention")
+        kept += block.entered(tokens) if layout.recompute else block.saved(tokens)
 
     def during(moment: str, activations: float, peak: tuple[float, float], own: float, **more: float) -> Memory:
         """A block at work: `peak` counts its `own` saved bytes, which are among `activations`."""
@@ -216,19 +216,16 @@ def moments(recipe: Recipe, layout: Layout) -> Iterator[Memory]:
 
     for i, (block, mixer) in enumerate(zip(blocks, options.layers)):
         rows = tokens / block.row
-        name, mask = f"block {i} ({mixer})", a_layer * (mixer == "attention")
+        name = f"block {i} ({mixer})"
         forward, inside = block.forward.peak(rows)
-        yield during(f"forward of {name}", below[i], (forward + mask, inside), 0, exchange=gathered)
+        yield during(f"forward of {name}", below[i], (forward, inside), 0, exchange=gathered)
         grown = tokens * options.hidden_size * size / layout.tp  # the gradient of its output, while it is recomputed
         if layout.recompute:
-            again = (forward + mask + grown, inside)
+            again = (forward + grown, inside)
             yield during(f"recompute of {name}", below[i], again, 0, exchange=gathered, loss=tied)
-        high, inside = block.backward.peak(rows)
         own = block.entered(tokens) if layout.recompute else block.saved(tokens)
-        yield during(
-            f"backward of {name}", below[i] + own + (0 if layout.recompute else mask),
-            (high + (mask if layout.recompute else 0), inside), own, exchange=reducing, loss=tied,
-        )  # fmt: skip
+        backward = block.backward.peak(rows)
+        yield during(f"backward of {name}", below[i] + own, backward, own, exchange=reducing, loss=tied)
     head = head_footprint(options, layout.tp, dtype, tokens)
     for name, step in (("forward of the loss", head.forward), ("backward of the loss", head.backward)):
         yield Memory(name, **static, exchange=reducing, activations=kept, loss=step.peak(tokens / head.row)[0])
@@ -241,18 +238,10 @@ def moments(recipe: Recipe, layout: Layout) -> Iterator[Memory]:
     yield Memory("start: weights in fp32", weights=4.0 * P)
 
 
-def masks(options: ModelOptions, layout: Layout, seq_len: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes of attention's mask for packed documents, once, and of what each attention layer makes and saves of it.
-
-    On one rank a row the model gives SDPA a boolean mask (B, 1, T, T), which SDPA turns into a bias in the type of q
-    and saves. Context-parallel attention knows documents by their bounds: no mask.
-    """
-    if "attention" not in options.layers:
-        return 0.0, 0.0
-    tokens = layout.micro_batch * seq_len // layout.cp
-    rotary = 2 * tokens * options.attention.head_dim * dtype.itemsize if options.attention.rope else 0
-    scores = 0 if layout.cp > 1 else layout.micro_batch * seq_len**2
-    return float(rotary + scores), float(scores * dtype.itemsize)
+def rotary(options: ModelOptions, tokens: int, dtype: torch.dtype) -> float:
+    """Bytes of the tables that all attention layers share."""
+    used = "attention" in options.layers and options.attention.rope
+    return 2.0 * tokens * options.attention.head_dim * dtype.itemsize if used else 0.0
 
 
 def kind(recipe: Recipe) -> torch.dtype:

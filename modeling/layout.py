@@ -20,8 +20,8 @@ class Layout:
         sequence: (B, T) int64 which sequence a token belongs to; None when every row is one sequence.
         positions: (B, T) int64 position of each token in its sequence, cached tokens counted.
         rope: cosine and sine (B, 1, T, head_dim), for attention layers with rotary positions.
-        mask: (B, 1, T, P + T) bool, True where a query may look, for attention over P cached and T new tokens;
-            None: plain causal attention (or, for one new token, attention to everything).
+        mask: (B, 1, T, P + T) bool, True where a query may look, for attention over P cached and T new tokens; None:
+            there are no cached ones, or one new token looks at everything.
         context: where this is a shard of longer rows, what joins it to the other ranks'; `cu_seqlens` and `sequence`
             are then of its pieces of documents, and `positions` count from their documents' starts.
     """
@@ -95,14 +95,12 @@ class Layout:
         return cls.of_documents((mask.shape[0], mask.shape[1]), cu_seqlens)
 
     def attention_mask(self, window: int | None, past_valid: torch.Tensor | None, past_len: int) -> torch.Tensor | None:
-        """The mask for attention with `past_len` cached tokens, of which `past_valid` (B, past_len) belong to the row's
-        running sequence (None: all of them); see `mask`."""
+        """The mask for attention with `past_len` > 0 cached tokens, of which `past_valid` (B, past_len) belong to the
+        row's running sequence (None: all of them); see `mask`."""
         B, T = self.shape
         device = self.positions.device
-        if self.sequence is None and past_valid is None:
-            fits = window is None or past_len + T <= window
-            if fits and (past_len == 0 or T == 1):
-                return None
+        if self.sequence is None and past_valid is None and T == 1 and (window is None or past_len < window):
+            return None
         query = past_len + torch.arange(T, device=device)[:, None]
         key = torch.arange(past_len + T, device=device)
         allowed = key <= query
@@ -111,8 +109,7 @@ class Layout:
         allowed = allowed.expand(B, 1, T, past_len + T).clone()
         if self.sequence is not None:
             allowed[..., past_len:] &= (self.sequence[:, :, None] == self.sequence[:, None, :])[:, None]
-            if past_len:
-                allowed[..., :past_len] = False
+            allowed[..., :past_len] = False
         elif past_valid is not None:
             allowed[..., :past_len] &= past_valid[:, None, None, :]
         return allowed

@@ -75,7 +75,7 @@ class RiverrunModel(nn.Module):
         if options.window is not None:
             past = min(past, options.window - 1)
         valid = cache.valid[:, cache.valid.shape[1] - past :] if cache is not None and cache.valid is not None else None
-        if layout.context is None:
+        if past:
             layout.mask = layout.attention_mask(options.window, valid, past)
         if options.rope:
             layout.rope = rotary_tables(layout.positions, options.head_dim, options.rope_theta, dtype)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from riverrun.modeling.attention_block import self_attention
 from riverrun.modeling.layers import RMSNorm
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import AttentionOptions
@@ -17,7 +18,8 @@ from riverrun.modeling.projection import project
 
 @register("attention")
 class Attention(Mixer):
-    """Causal attention through torch's SDPA. Its gradient of q on CUDA differs in the last bits from run to run."""
+    """Causal attention through torch's SDPA and flash kernels. Their gradient of q on CUDA differs in the last bits
+    from run to run."""
 
     context_parallel = True
     traceable = True
@@ -56,10 +58,10 @@ class Attention(Mixer):
             states["k"], states["v"] = k[:, :, k.shape[2] - keep :], v[:, :, v.shape[2] - keep :]
         if layout.context is not None:
             y = context_attention(layout, q, k, v, self.options.window)
+        elif k.shape[2] > q.shape[2]:  # there were cached tokens
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask, enable_gqa=True)
         else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=layout.mask, is_causal=layout.mask is None and q.shape[2] > 1, enable_gqa=True
-            )
+            y = self_attention(q, k, v, self.options.window, layout.cu_seqlens, layout.shape[1])
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def _splits_kv(self, tp: int) -> bool:

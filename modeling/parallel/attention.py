@@ -1,8 +1,8 @@
 """Softmax attention over shards of rows: heads are moved (Ulysses, arXiv 2309.14509), or keys go round a ring."""
 
 import torch
-from torch.nn import functional as F
 
+from riverrun.modeling.attention_block import self_attention
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.parallel.collectives import all_to_all
 from riverrun.modeling.parallel.ring import ring_attention
@@ -30,7 +30,7 @@ def context_attention(
     assert context is not None
     axis, heads, kv_heads = context.axis, q.shape[1], k.shape[1]
     if not context.connected:
-        return _attend(q, k, v, window, context.cu_seqlens, context.longest)
+        return self_attention(q, k, v, window, context.cu_seqlens, context.longest)
     divides = heads % axis.size == 0 and (kv_heads % axis.size == 0 or axis.size % kv_heads == 0)
     if context.attention == "ulysses" and not divides:
         raise ValueError(
@@ -38,23 +38,9 @@ def context_attention(
             f"tensor-parallel rank, among parallel.cp={axis.size} ranks: use parallel.attention='ring'"
         )
     if context.attention == "ring" or not divides:
-        return ring_attention(q, k, v, window, context.cu_seqlens, context.longest, context)
+        return ring_attention(q, k, v, window, context)
     if kv_heads % axis.size:  # each rank's queries share one key head, which goes to all ranks that need it
         k, v = (x.repeat_interleave(axis.size // kv_heads, dim=1) for x in (k, v))
     q, k, v = (all_to_all(x, axis, split=1, join=2) for x in (q, k, v))
-    y = _attend(q, k, v, window, context.row_bounds, context.longest)
+    y = self_attention(q, k, v, window, context.row_bounds, context.longest)
     return all_to_all(y, axis, split=2, join=1)
-
-
-def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    window: int | None,
-    cu_seqlens: torch.Tensor | None,
-    longest: int,
-) -> torch.Tensor:
-    """Of tokens that attend to themselves: SDPA's masks would grow with the square of the rows."""
-    if cu_seqlens is None and (window is None or window >= q.shape[2]):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return ring_attention(q, k, v, window, cu_seqlens, longest, None)

@@ -15,19 +15,13 @@ import torch
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
-from riverrun.modeling.parallel.attention_block import Block, attend, differentiate
+from riverrun.modeling.attention_block import Block, attend, differentiate
 from riverrun.modeling.parallel.context import Context
-from riverrun.modeling.parallel.mesh import ALONE, Axis
+from riverrun.modeling.parallel.mesh import Axis
 
 
 def ring_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    window: int | None,
-    cu_seqlens: torch.Tensor | None,
-    longest: int,
-    context: Context | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, context: Context
 ) -> torch.Tensor:
     """Causal attention within documents.
 
@@ -35,20 +29,18 @@ def ring_attention(
         q: (B, H, T, d), of this rank's shard of every row.
         k, v: (B, H_kv, T, d).
         window: tokens that a query sees, itself included; None: all of its document up to it.
-        cu_seqlens: (S + 1,) int32 bounds of the pieces of documents over these B·T tokens; None: each row is one.
-        longest: no document has more tokens.
-        context: what joins the pieces to other ranks'; None: nothing does.
+        context: the pieces of documents, and what joins them to other ranks'.
 
     Returns:
         (B, H, T, d)
     """
-    return _Ring.apply(q, k, v, Block(0, window, cu_seqlens, min(longest, q.shape[2])), context)
+    return _Ring.apply(q, k, v, Block(0, window, context.cu_seqlens, min(context.longest, q.shape[2])), context)
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, own: Block, context: Context | None
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, own: Block, context: Context
     ) -> torch.Tensor:
         axis, hops = _circle(context, own.window)
         for step, (keys, values) in _turn([k, v], axis, hops):
@@ -56,7 +48,6 @@ class _Ring(torch.autograd.Function):
                 out, log_z = attend(q, keys, values, own)
                 out = out.to(log_z.dtype)
                 continue
-            assert context is not None
             for rows, queries, seen, block in _blocks(context, step, own.window):
                 y, z = attend(q[rows, :, queries], keys[rows, :, seen], values[rows, :, seen], block)
                 _merge(out[rows, :, queries], log_z[rows, :, queries], y, z)
@@ -114,10 +105,8 @@ def _farthest(context: Context, row: int, rank: int, window: int | None) -> int:
     return document if window is None else max(document, begin - window + 1)
 
 
-def _circle(context: Context | None, window: int | None) -> tuple[Axis, int]:
+def _circle(context: Context, window: int | None) -> tuple[Axis, int]:
     """The ranks, and how many steps keys have to go at most to be seen by all who see them."""
-    if context is None:
-        return ALONE, 0
     (B, T), size = context.shape, context.axis.size
     return context.axis, max(r - _farthest(context, b, r, window) // T for r in range(size) for b in range(B))
 

@@ -6,8 +6,9 @@ from unittest import mock
 import pytest
 import torch
 
-from riverrun.modeling.parallel import attention, attention_block, collectives, ring
-from riverrun.modeling.parallel.attention_block import Block
+from riverrun.modeling import attention_block
+from riverrun.modeling.attention_block import Block
+from riverrun.modeling.parallel import attention, collectives, ring
 from tests.modeling.parallel import test_attention as rows
 from tests.ranks import Group
 

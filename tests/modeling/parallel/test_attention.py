@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from riverrun.modeling import attention_block
 from riverrun.modeling.layout import Layout
-from riverrun.modeling.parallel import attention_block, ring
+from riverrun.modeling.parallel import ring
 from riverrun.modeling.parallel.attention import context_attention
 from riverrun.modeling.parallel.context import Context
 from riverrun.modeling.parallel.mesh import Axis, Mesh

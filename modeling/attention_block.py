@@ -1,4 +1,5 @@
-"""Attention of some queries to some keys, in a form that joins with others: with the logarithm of what it divided by.
+"""Causal attention within documents and windows, without masks, which would grow with the square of the rows: of tokens
+to themselves; or of some queries to some keys, in a form that joins with others, with the log of what it divided by.
 
 On CUDA in half precision it is torch's flash kernels; elsewhere plain torch, in parts of the queries, with scores and
 sums in float32 (float64 if `q` is float64), also under autocast.
@@ -6,8 +7,11 @@ sums in float32 (float64 if `q` is float64), also under autocast.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 SCORE_BYTES = 64 * 2**20  # of the scores that plain torch holds at a time
 HALF = (torch.bfloat16, torch.float16)
@@ -30,6 +34,53 @@ class Block:
     window: int | None
     cu_seqlens: torch.Tensor | None = None
     longest: int = 0
+
+
+def self_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int | None,
+    cu_seqlens: torch.Tensor | None,
+    longest: int,
+) -> torch.Tensor:
+    """Of tokens that attend to themselves.
+
+    Args:
+        q: (B, H, T, d), k and v: (B, H_kv, T, d).
+        window: tokens that a query sees, itself included; None: all of its document up to it.
+        cu_seqlens: (S + 1,) int32 bounds of documents over the B·T tokens; None: each row is one.
+        longest: no document has more tokens.
+
+    Returns:
+        (B, H, T, d)
+    """
+    T = q.shape[2]
+    if cu_seqlens is None and (window is None or window >= T):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
+    return _own(q, k, v, Block(0, window, cu_seqlens, min(longest, T)))
+
+
+@torch.compiler.disable  # how much is seen of what depends on each batch's documents
+def _own(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: Block) -> torch.Tensor:
+    return _Own.apply(q, k, v, block)
+
+
+class _Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: Block) -> torch.Tensor:
+        out, log_z = attend(q, k, v, block)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, log_z)
+        ctx.block = block
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, log_z = ctx.saved_tensors
+        by_q, by_k, by_v = differentiate(grad, q, k, v, out, log_z, ctx.block)
+        return by_q.to(q.dtype), by_k.to(k.dtype), by_v.to(v.dtype), None
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
