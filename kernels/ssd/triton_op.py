@@ -206,10 +206,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _gradient(ctx: Any, grad_y: torch.Tensor | None, grad_final: torch.Tensor | None) -> tuple[Any, ...]:
-    x, *_, D, bias, initial, _ = ctx.saved_tensors
+    tensors = ctx.saved_tensors  # read once: a checkpointed tensor cannot be unpacked twice
+    x, *_, D, bias, initial, _ = tensors
     grad_y = x.new_zeros(x.shape) if grad_y is None else grad_y.contiguous()
     grad_final = None if grad_final is None else grad_final.contiguous()
-    *grads, grad_D, grad_bias, grad_initial = _backward(grad_y, grad_final, *ctx.saved_tensors, ctx.softplus)
+    *grads, grad_D, grad_bias, grad_initial = _backward(grad_y, grad_final, *tensors, ctx.softplus)
     maybe = ((D, grad_D), (bias, grad_bias), (initial, grad_initial))
     return *grads, *(None if t is None else grad for t, grad in maybe), None, None
 
