@@ -257,18 +257,18 @@ def _plot(report: Report, path: Path) -> None:
     for row, (axis, sweep) in zip(panels, sweeps.items()):
         for i, (panel, what) in enumerate(zip(row, ("forward", "backward"))):
             for name in swept(sweep, what):
-                points = [(_at(axis, case), t.median) for case, rs in sweep for r in rs if r.name == name
-                          if (t := getattr(r, what))]  # fmt: skip
+                points = [(_at(axis, case), t.median * _per(axis, case)) for case, rs in sweep for r in rs
+                          if r.name == name if (t := getattr(r, what))]  # fmt: skip
                 style = "-" if name.startswith("riverrun") else "--"
                 color = plt.get_cmap("tab20")(order.index(name) % 20)
                 (lines[name],) = panel.plot(*zip(*points), style, color=color, marker=".")
-            floors = [(_at(axis, case), report.floor(case)[i]) for case, _ in sweep]
+            floors = [(_at(axis, case), report.floor(case)[i] * _per(axis, case)) for case, _ in sweep]
             (lines["HBM floor"],) = panel.plot(*zip(*floors), ":", color="black")
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
             panel.set(xlabel=AXES[axis], title=what)
             panel.grid(alpha=0.3)
-        row[0].set_ylabel("ms, median")
+        row[0].set_ylabel("ns a token, median" if axis == "length" else "ms, median")
     case = report.case
     tokens = f"{case.B * case.T:,} tokens"
     figure.suptitle(f"{report.benchmark.name} {case.variant}: D={case.D}, {_dtype(case)}, {tokens}".replace(" :", ":"))
@@ -276,6 +276,12 @@ def _plot(report: Report, path: Path) -> None:
     figure.legend(lines.values(), lines, loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=144)
     plt.close(figure)
+
+
+def _per(axis: str, case: Case) -> float:
+    """Milliseconds of a point → what is drawn: rows longer than all tokens of the others have more, so nanoseconds a
+    token over lengths; milliseconds over heads."""
+    return 1e6 / (case.B * case.T) if axis == "length" else 1.0
 
 
 def _at(axis: str, case: Case) -> int:

@@ -19,7 +19,8 @@ def bench(
         str,
         typer.Argument(
             help="A kernel: para_gru, para_lstm, head_rnn, gated_delta, ssd, diagonal_scan, causal_conv1d, "
-            "gated_rms_norm or linear_cross_entropy; or a whole layer: mamba2_layer or gated_delta_layer.",
+            "gated_rms_norm or linear_cross_entropy; or a whole layer: mamba2_layer or gated_delta_layer; or mixers: "
+            "a layer of each mixer beside one of attention.",
             show_default=False,
         ),
     ],
@@ -53,7 +54,8 @@ def bench(
             help="Also time over sequence lengths, at the same tokens in all, or over heads of the same width."
         ),
     ] = "all",
-    sweep_max: Annotated[int, typer.Option(min=SHORTEST, help="The longest sequence of the sweep.")] = LONGEST,
+    sweep_min: Annotated[int, typer.Option(min=1, help="The shortest sequence of the sweep.")] = SHORTEST,
+    sweep_max: Annotated[int, typer.Option(min=1, help="The longest sequence of the sweep.")] = LONGEST,
     keep_caches: Annotated[
         bool, typer.Option(help="Use what compilers have cached: quicker, but first calls do not count compilation.")
     ] = False,
@@ -94,6 +96,8 @@ def bench(
     if variant is not None and variant not in benchmark.variants:
         fix = f"choose one of {', '.join(benchmark.variants)}" if benchmark.variants else "leave --variant out"
         raise ValueError(f"{op} has no variant {variant!r}; {fix}")
+    if sweep_min > sweep_max:
+        raise ValueError(f"--sweep-min {sweep_min} is more than --sweep-max {sweep_max}")
     where = resolve_device(device)
     if where.index is not None:
         torch.cuda.set_device(where)
@@ -114,7 +118,7 @@ def bench(
                 found.append(result)
                 status.update(f"{op}, {regime}: {result.name} is done")
             paths = write(report, folder)
-        sweeps = {"length": lengths(case, SHORTEST, sweep_max), "heads": head_shapes(benchmark, case)}
+        sweeps = {"length": lengths(case, sweep_min, sweep_max), "heads": head_shapes(benchmark, case)}
         for axis in (axis for axis in sweeps if sweep in (axis, "all") and sweeps[axis]):
             report.sweeps[axis] = []
             for shape, results in measure(benchmark, sweeps[axis], import_module, repeats=repeats, only=names):

@@ -37,22 +37,31 @@ def gated_delta(case: Case) -> Mixer:
     return GatedDelta(options, case.D, NORM_EPS)
 
 
+def fresh(make: Make, case: Case) -> Mixer:
+    """The mixer as it starts, its parameters in the types that training holds them in."""
+    with torch.device(case.device):
+        mixer = make(case)
+    for layer in mixer.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        elif (reset := getattr(layer, "reset_parameters", None)) is not None:
+            reset()
+    for p in mixer.parameters():
+        p.data = p.data if getattr(p, "keep_fp32", False) else p.data.to(case.dtype)
+    return mixer
+
+
+def hidden(case: Case, regime: str) -> Inputs:
+    """A layer's input (B, T, D), as a norm leaves it."""
+    return {"hidden": torch.randn(case.B, case.T, case.D, device=case.device, dtype=case.dtype)}
+
+
 def inputs(make: Make) -> Callable[[Case, str], Inputs]:
-    """`hidden` (B, T, D), as a norm leaves it, and the mixer's parameters, by name and in its order."""
+    """`hidden`, and the mixer's parameters, by name and in its order."""
 
     def sample(case: Case, regime: str) -> Inputs:
-        with torch.device(case.device):
-            mixer = make(case)
-        for layer in mixer.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-            elif (reset := getattr(layer, "reset_parameters", None)) is not None:
-                reset()
-        weights = {
-            name: p.detach() if getattr(p, "keep_fp32", False) else p.detach().to(case.dtype)
-            for name, p in mixer.named_parameters()
-        }
-        return {"hidden": torch.randn(case.B, case.T, case.D, device=case.device, dtype=case.dtype)} | weights
+        weights = {name: p.detach() for name, p in fresh(make, case).named_parameters()}
+        return hidden(case, regime) | weights
 
     return sample
 
@@ -65,8 +74,12 @@ def _holding(make: Make, inputs: Inputs, case: Case) -> Mixer:
     return mixer
 
 
-def _layout(case: Case) -> Layout:
-    return Layout.of_rows((case.B, case.T), torch.zeros(case.B, dtype=torch.int64, device=case.device))
+def _layout(case: Case, mixer: Mixer) -> Layout:
+    layout = Layout.of_rows((case.B, case.T), torch.zeros(case.B, dtype=torch.int64, device=case.device))
+    if isinstance(mixer, Attention):
+        options = mixer.options
+        layout.rope = rotary_tables(layout.positions, options.head_dim, options.rope_theta, case.dtype)
+    return layout
 
 
 def _work(run: Callable[[], torch.Tensor], *leaves: torch.Tensor) -> Work:
@@ -75,10 +88,19 @@ def _work(run: Callable[[], torch.Tensor], *leaves: torch.Tensor) -> Work:
 
 def ours(make: Make) -> Callable[..., Work]:
     def build(inputs: Inputs, case: Case, load: Load | None = None) -> Work:
-        x, mixer, layout = inputs["hidden"], _holding(make, inputs, case), _layout(case)
-        return _work(lambda: mixer(x, layout), x, *mixer.parameters())
+        return _through(_holding(make, inputs, case), inputs, case)
 
     return build
+
+
+def with_its_own(make: Make) -> Callable[..., Work]:
+    """A mixer with parameters of its own, whatever `inputs` has beside the layer's input."""
+    return lambda inputs, case, load=None: _through(fresh(make, case), inputs, case)
+
+
+def _through(mixer: Mixer, inputs: Inputs, case: Case) -> Work:
+    x, layout = inputs["hidden"], _layout(case, mixer)
+    return _work(lambda: mixer(x, layout), x, *mixer.parameters())
 
 
 class _Between(torch.autograd.Function):
@@ -113,17 +135,16 @@ def products(make: Make) -> Contender:
     return Contender(PRODUCTS, build, "the layer's matrix products, forward and backward", same_maths=False)
 
 
-def attention() -> Contender:
-    def build(inputs: Inputs, case: Case, load: Load) -> Work:
-        options = AttentionOptions().resolve(case.D)
-        with torch.device(case.device):
-            mixer = Attention(options, case.D, NORM_EPS).to(case.dtype)
-        x, layout = inputs["hidden"], _layout(case)
-        layout.rope = rotary_tables(layout.positions, options.head_dim, options.rope_theta, case.dtype)
-        return _work(lambda: mixer(x, layout), x, *mixer.parameters())
+def attention(case: Case) -> Mixer:
+    return Attention(AttentionOptions().resolve(case.D), case.D, NORM_EPS)
 
-    note = f"other maths: our causal attention layer, heads of {AttentionOptions.head_dim}, rotary"
-    return Contender("riverrun attention", build, note, same_maths=False)
+
+ATTENTION = Contender(
+    "riverrun attention",
+    with_its_own(attention),
+    f"other maths: our causal attention layer, heads of {AttentionOptions.head_dim}, rotary",
+    same_maths=False,
+)
 
 
 # other packages
@@ -202,7 +223,7 @@ def mamba2_contenders(case: Case) -> list[Contender]:
         products(mamba2),
         peer("mamba_ssm", "mamba_ssm.modules.mamba2", "Mamba2", _mamba_ssm, MAMBA2_NAMES, f"its Mamba2, {chunks}"),
         peer("fla", "fla.layers.mamba2", "Mamba2", _fla_mamba2, MAMBA2_NAMES, f"its Mamba2 on mamba_ssm, {chunks}"),
-        attention(),
+        ATTENTION,
     ]
 
 
@@ -214,7 +235,7 @@ def gated_delta_contenders(case: Case) -> list[Contender]:
         Contender("riverrun auto", ours(gated_delta)),
         products(gated_delta),
         peer("fla", package, layer, _fla_delta, GATED_DELTA_NAMES, f"its {layer}; its states in bfloat16"),
-        attention(),
+        ATTENTION,
     ]
 
 

@@ -118,6 +118,34 @@ def test_sweeps_over_lengths_and_heads(tmp_path):
     assert result.exit_code == 0 and "over T" not in result.stdout and "over H" in result.stdout
 
 
+def test_every_mixer_beside_attention(tmp_path):
+    shape = [
+        "--batch",
+        "1",
+        "--seq-len",
+        "32",
+        "--width",
+        "128",
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+        "--repeats",
+        "2",
+    ]
+    result = invoke("mixers", *shape, "--sweep-min", "64", "--sweep-max", "64", "--keep-caches", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    document = json.loads((tmp_path / "mixers.json").read_text())
+    measured = document["regimes"]["fresh"]["contenders"]
+    assert [c["name"].split(",")[0] for c in measured] == [
+        "attention", "attention", "mamba2", "gated_delta", "gated_delta", "para_gru", "para_lstm", "lstm", "slstm",
+    ]  # fmt: skip
+    assert all(c["layer"]["median"] > 0 and not c["skipped"] for c in measured)
+    (point,) = document["sweeps"]["length"]
+    assert (point["case"]["B"], point["case"]["T"]) == (1, 64)
+    assert all(c["backward"]["median"] > 0 for c in point["contenders"])
+
+
 def test_head_rnn_of_one_cell_without_a_sweep(tmp_path):
     options = ["--variant", "gru", "--sweep", "none", "--only", "riverrun", "--keep-caches"]
     result = invoke("head_rnn", *TINY, *options, "--out", tmp_path)
@@ -139,11 +167,13 @@ def test_head_rnn_of_one_cell_without_a_sweep(tmp_path):
         (
             ["mamba2"],
             "there is no benchmark of 'mamba2'; choose one of para_gru, para_lstm, head_rnn, gated_delta, ssd, "
-            "diagonal_scan, causal_conv1d, gated_rms_norm, linear_cross_entropy, mamba2_layer, gated_delta_layer\n",
+            "diagonal_scan, causal_conv1d, gated_rms_norm, linear_cross_entropy, mamba2_layer, gated_delta_layer, "
+            "mixers\n",
         ),
         (["gated_delta_layer", "--variant", "n=3"], "gated_delta_layer has no variant 'n=3'; choose one of n=1, n=2\n"),
         (["mamba2_layer", "--variant", "n=1"], "mamba2_layer has no variant 'n=1'; leave --variant out"),
         (["mamba2_layer", *TINY, "--only", "ssd"], "no contender is called 'ssd'; choose among riverrun auto, "),
+        (["mixers", "--sweep-min", "64", "--sweep-max", "32"], "--sweep-min 64 is more than --sweep-max 32"),
         (["para_gru", "--width", "10", "--heads", "4"], "--width 10 is not divisible by --heads 4"),
         (["para_gru", "--variant", "lstm"], "para_gru has no variant 'lstm'; leave --variant out"),
         (["head_rnn", "--variant", "gruu"], "head_rnn has no variant 'gruu'; choose one of lstm, slstm, gru, elman"),
