@@ -72,6 +72,7 @@ def open_inputs(recipe: Recipe, ranks: Ranks, before: dict[str, str] | None) -> 
         micro_batch_size=train.micro_batch_size,
         dp_rank=ranks.mesh.dp.rank,
         dp_size=ranks.mesh.dp.size,
+        balance="attention" in recipe.model.layers,  # nothing else takes longer for long documents
     )
     shares = [weight / sum(weights) for weight in weights]
     held_out = None

@@ -10,17 +10,31 @@ class Samples(Protocol):
 
     def __getitem__(self, i: int) -> Row: ...
 
+    def pairs(self, i: int) -> int: ...
+
 
 class PackedLoader:
-    """Step s uses samples [s · G, (s + 1) · G) for a global batch of G rows; this rank computes a contiguous part of
-    them, in micro batches. Resuming is asking for a later step.
+    """Step s uses samples [s · G, (s + 1) · G) for a global batch of G rows; this rank computes some of them, in micro
+    batches. Resuming is asking for a later step.
+
+    Args:
+        balance: attention's cost depends on the lengths of a row's documents, and the ranks of a step wait for the
+            slowest: deal the step's rows to them by that cost, in turns from both sides, so that sums are even, and
+            costly rows fall into the same micro batch everywhere. Otherwise a rank's rows are neighbours.
 
     Raises:
         ValueError: G does not divide into micro batches on all ranks.
     """
 
     def __init__(
-        self, samples: Samples, *, global_batch_size: int, micro_batch_size: int, dp_rank: int = 0, dp_size: int = 1
+        self,
+        samples: Samples,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        balance: bool = False,
     ):
         if global_batch_size % (micro_batch_size * dp_size):
             raise ValueError(
@@ -29,11 +43,19 @@ class PackedLoader:
             )
         self.samples = samples
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.rows_per_rank = global_batch_size // dp_size
-        self.first_row = dp_rank * self.rows_per_rank
+        self.dp_rank, self.dp_size, self.balance = dp_rank, dp_size, balance
 
     def step(self, step: int) -> list[Batch]:
         """This rank's micro batches of optimiser step `step`, counted from 0."""
-        first = step * self.global_batch_size + self.first_row
-        starts = range(first, first + self.rows_per_rank, self.micro_batch_size)
-        return [collate([self.samples[i] for i in range(s, s + self.micro_batch_size)]) for s in starts]
+        rows = self._rows(step)
+        parts = (rows[start : start + self.micro_batch_size] for start in range(0, len(rows), self.micro_batch_size))
+        return [collate([self.samples[i] for i in part]) for part in parts]
+
+    def _rows(self, step: int) -> list[int]:
+        rows = range(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+        if not self.balance or self.dp_size == 1:
+            per_rank = len(rows) // self.dp_size
+            return list(rows[self.dp_rank * per_rank : (self.dp_rank + 1) * per_rank])
+        by_cost = sorted(rows, key=self.samples.pairs, reverse=True)
+        turns = [by_cost[start : start + self.dp_size] for start in range(0, len(rows), self.dp_size)]
+        return [turn[self.dp_rank if i % 2 == 0 else -1 - self.dp_rank] for i, turn in enumerate(turns)]

@@ -43,6 +43,11 @@ class Mixture:
         source, row = self.locate(i)
         return self.sources[source][row]
 
+    def pairs(self, i: int) -> int:
+        """See `PackedRows.pairs`; of sample `i`."""
+        source, row = self.locate(i)
+        return self.sources[source].pairs(row)
+
     def epochs(self, samples: int) -> list[float]:
         """How often each store has been walked after that many samples."""
         cycles, place = divmod(samples, len(self.pattern))

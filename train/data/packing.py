@@ -76,10 +76,20 @@ class PackedRows:
     def __getitem__(self, i: int) -> Row:
         start = i * self.seq_len
         tokens = self.store.tokens(start, start + self.seq_len + 1).astype(np.int64)
-        starts = self.store.document_starts(start + 1, start + self.seq_len + 1) - start
+        starts = self._starts(i)
         targets = tokens[1:].copy()
         targets[starts - 1] = IGNORED  # the token before a document's first does not predict it
         return Row(tokens[:-1], targets, starts[starts < self.seq_len])
+
+    def pairs(self, i: int) -> int:
+        """The squared lengths of row i's documents, summed: what attention costs in it, to a constant factor."""
+        lengths = np.diff(self._starts(i), prepend=0, append=self.seq_len)
+        return int((lengths**2).sum())
+
+    def _starts(self, i: int) -> np.ndarray:
+        """Where documents begin within (0, seq_len] of row i."""
+        start = i * self.seq_len
+        return self.store.document_starts(start + 1, start + self.seq_len + 1) - start
 
 
 def collate(rows: list[Row]) -> Batch:

@@ -147,6 +147,32 @@ def test_all_ranks_together_see_every_row_once_an_epoch(store, ranks, micro):
         assert sorted(seen[epoch * n : (epoch + 1) * n].tolist()) == sorted(corpus.tolist())
 
 
+@pytest.mark.parametrize(("ranks", "micro"), [(2, 2), (4, 1), (8, 4)])
+def test_rows_are_dealt_by_the_lengths_of_their_documents(store, ranks, micro):
+    def loaders(balance):
+        options = {"global_batch_size": 32, "micro_batch_size": micro, "dp_size": ranks, "balance": balance}
+        mixture = Mixture([PackedRows(store, 16)], [1.0], 3)
+        return [PackedLoader(mixture, **options, dp_rank=r) for r in range(ranks)]
+
+    def cost(batch):
+        return sum(length**2 for length in batch.cu_seqlens.diff().tolist())
+
+    spreads = []
+    for balance in (False, True):
+        costs = np.array([[list(map(cost, loader.step(s))) for loader in loaders(balance)] for s in range(8)])
+        spreads.append([np.ptp(costs.sum(2), axis=1).mean(), np.ptp(costs, axis=1).mean()])  # of steps, micro batches
+    assert (np.array(spreads[1]) < np.array(spreads[0]) / 2).all(), spreads
+    for step in (0, 5):  # the same rows, whoever computes them
+        rows = [[row for x in loaders(b) for batch in x.step(step) for row in batch.input_ids.tolist()] for b in (0, 1)]
+        assert sorted(rows[0]) == sorted(rows[1]) and rows[0] != rows[1]
+
+
+def test_pairs_are_those_of_the_batch(store):
+    mixture = Mixture([PackedRows(store, 9), PackedRows(store, 30)], [0.5, 0.5], seed=4)
+    for i in range(40):
+        assert mixture.pairs(i) == sum(n**2 for n in collate([mixture[i]]).cu_seqlens.diff().tolist())
+
+
 def test_impossible_splits_and_short_stores_are_refused(store):
     rows = PackedRows(store, 7)
     with pytest.raises(ValueError, match="does not divide into micro batches of 3"):
