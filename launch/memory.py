@@ -197,7 +197,8 @@ def moments(recipe: Recipe, layout: Layout) -> Iterator[Memory]:
         "optimizer": of_adam / ranks,
     }
     gathered = {1: 0, 2: 0, 3: size * min(P, LIVE) + 4 * BUCKET}[stage]
-    reducing = gathered + {1: 0, 2: size * BUCKET + 4 * bucket, 3: 4 * bucket}[stage]
+    buckets = 2 if stage == 2 and recipe.engine.overlap_comm else 1  # one is filled while the other is reduced
+    reducing = gathered + {1: 0, 2: size * BUCKET * buckets + 4 * bucket, 3: 4 * bucket}[stage]
 
     tokens = layout.micro_batch * recipe.data.seq_len // layout.cp
     blocks = [block_footprint(options, mixer, layout.tp, dtype) for mixer in options.layers]

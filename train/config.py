@@ -66,6 +66,7 @@ class ScheduleConfig(Section):
 class EngineConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     zero_stage: Literal[1, 2, 3] = 1
+    overlap_comm: bool = False  # of stages 2 and 3: reduce gradients while the backward pass goes on
     collective_timeout_minutes: PositiveFloat = 10.0
 
 
@@ -161,6 +162,11 @@ class Recipe(Section):
             found.append(
                 f"optimizer.name='muon' needs engine.zero_stage=1: stage {self.engine.zero_stage} would clip the "
                 "orthogonalised update instead of the gradient"
+            )
+        if self.engine.overlap_comm and self.engine.zero_stage == 1:
+            found.append(
+                "engine.overlap_comm=true needs engine.zero_stage=2 or 3: stage 1 reduces gradients once a step, after "
+                "the last backward pass"
             )
         for mixer in ("mamba2", "gated_delta"):
             chunk = getattr(self.model, mixer).chunk_size

@@ -375,7 +375,7 @@ def _settings(optimizer, train, engine, ranks, accumulation) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": []},
         "zero_optimization": {
             "stage": engine.zero_stage,
-            "overlap_comm": False,
+            "overlap_comm": engine.overlap_comm,  # by default on in stage 3
             "contiguous_gradients": True,
             "reduce_scatter": True,
             "round_robin_gradients": False,

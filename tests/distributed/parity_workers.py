@@ -40,7 +40,17 @@ def micro_batches(step: int, mesh: Mesh, accumulation: int) -> list[Batch]:
     return batches
 
 
-def train(shape: str, cp: int, tp: int, stage: int, accumulation: int, recompute: bool, device="cpu", dtype="fp32"):
+def train(
+    shape: str,
+    cp: int,
+    tp: int,
+    stage: int,
+    accumulation: int,
+    recompute: bool,
+    overlap=False,
+    device="cpu",
+    dtype="fp32",
+):
     """STEPS steps of AdamW with clipping: the losses, the gradients' norms, and this rank's weights."""
     world = torch.distributed.get_world_size()
     mesh, rank = mesh_of(cp, tp, device), torch.distributed.get_rank()
@@ -53,7 +63,7 @@ def train(shape: str, cp: int, tp: int, stage: int, accumulation: int, recompute
         model,
         OptimizerConfig(lr=2e-2, grad_clip=0.5, eps=1e-2),  # a small eps would turn rounding into whole steps
         TrainConfig(dtype=dtype, micro_batch_size=micro, z_loss=1e-2),
-        EngineConfig(zero_stage=stage),
+        EngineConfig(zero_stage=stage, overlap_comm=overlap),
         ranks,
         accumulation,
     )

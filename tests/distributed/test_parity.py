@@ -69,6 +69,11 @@ def test_layouts(ranks, layout):
     assert_parity(ranks, "hybrid", layout)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_reduced_during_the_backward_pass(ranks, stage):
+    assert_parity(ranks, "hybrid", (4, 1, 2, stage, 2, True, True))
+
+
 @pytest.mark.parametrize("shape", MIXERS)
 def test_mixers(ranks, shape):
     assert_parity(ranks, shape, (4, 2, 2, 1, 1, True))

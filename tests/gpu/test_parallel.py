@@ -29,8 +29,8 @@ def groups():
 @pytest.mark.parametrize(("cp", "tp"), [(1, 1), (1, 2), (2, 1)], ids=["dp2", "tp2", "cp2"])
 @pytest.mark.parametrize("shape", ["hybrid", "para_gru"])
 def test_two_gpus_train_as_one(groups, shape, cp, tp, stage, dtype):
-    (whole,) = groups[1].run(parity_workers.train, shape, 1, 1, 1, 1, False, "cuda", dtype)
-    results = groups[2].run(parity_workers.train, shape, cp, tp, stage, 2, True, "cuda", dtype)
+    (whole,) = groups[1].run(parity_workers.train, shape, 1, 1, 1, 1, False, False, "cuda", dtype)
+    results = groups[2].run(parity_workers.train, shape, cp, tp, stage, 2, True, False, "cuda", dtype)
     rounding = {"fp32": 1e-4, "bf16": 3e-2}[dtype]
     for got in results:
         assert got[0] == pytest.approx(whole[0], rel=rounding)
@@ -40,3 +40,13 @@ def test_two_gpus_train_as_one(groups, shape, cp, tp, stage, dtype):
         split, parts = plan[name], [got[3][name] for got in sorted(results, key=lambda r: r[4])[:tp]]
         got = parts[0] if split is None else split.join(parts)
         assert (got - weight).abs().max() < 20 * rounding * 2e-2 + rounding * weight.abs().max(), name
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_reduced_during_the_backward_pass(groups, stage):
+    later, sooner = (
+        groups[2].run(parity_workers.train, "hybrid", 1, 1, stage, 2, False, overlap, "cuda", "fp32")
+        for overlap in (False, True)
+    )
+    for want, got in zip(later, sooner):
+        assert got[0] == pytest.approx(want[0], rel=1e-6) and got[1] == pytest.approx(want[1], rel=1e-5)
