@@ -1,11 +1,11 @@
 """The language-model head and its cross-entropy in one op that never holds the logits of all tokens."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from riverrun.kernels.common.backend import resolve_backend
+from riverrun.kernels.linear_cross_entropy.chunked import Logits, Losses, wide
 
 # bytes that the logits of one chunk of tokens may take; a GPU's matrix products want thousands of tokens
 CHUNK_BYTES, CHUNK_BYTES_OF_GPU = 64 * 2**20, 512 * 2**20
@@ -32,9 +32,11 @@ def linear_cross_entropy(
 ) -> LinearCrossEntropy:
     """Cross-entropy of softmax(hidden · weightᵀ), computed for `chunk_size` tokens at a time.
 
-    The backward pass computes each chunk's logits again, so that the largest tensor either way is (chunk_size, V).
-    Logits and softmax are float32 (float64 if `hidden` is float64), also for bfloat16 inputs and under autocast; the
-    gradient of `weight` is summed over the chunks in that type.
+    The largest tensor is (chunk_size, V) either way. Summed losses have their gradients computed in the forward pass,
+    while a chunk's logits are there, for the sum loss + z_loss; if something else becomes of the two, and for
+    reduction="none", the backward pass computes the logits again. Logits and softmax are float32 (float64 if `hidden`
+    is float64), also for bfloat16 inputs and under autocast; the gradient of `weight` is summed over the chunks in that
+    type.
 
     Args:
         hidden: (N, D).
@@ -71,8 +73,12 @@ def linear_cross_entropy(
         raise ValueError(f"{op}: chunk_size must be at least 1, got {chunk_size}")
     valid = targets != ignore_index
     index = targets.long().where(valid, 0)
-    log_z, logit = _Logits.apply(hidden, weight.to(hidden.dtype), index, chunk_size, chosen == "triton")
-    return cross_entropy_of(log_z, logit, valid, z_loss, reduction)
+    arguments = hidden, weight.to(hidden.dtype), index, chunk_size, chosen == "triton"
+    if reduction == "none":
+        log_z, logit = Logits.apply(*arguments)
+        return cross_entropy_of(log_z, logit, valid, z_loss, reduction)
+    loss, z = Losses.apply(*arguments, valid, z_loss, torch.is_grad_enabled())
+    return LinearCrossEntropy(loss, z, valid.sum())
 
 
 def cross_entropy_of(
@@ -101,86 +107,9 @@ def linear_log_z(
     """
     chosen = resolve_backend("linear_log_z", backend, hidden, len(hidden), has_triton=True)
     chunk_size = tokens_of_chunk(hidden, len(weight))
-    return _Logits.apply(hidden, weight.to(hidden.dtype), index, chunk_size, chosen == "triton")
-
-
-class _Logits(torch.autograd.Function):
-    """log Z of each token's logits, and its logit at `index`. With p the softmax and y the one-hot row of the index,
-
-    d log Z / d logits = p,    d logit / d logits = y.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, chunk_size: int, triton: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        log_z = hidden.new_empty(len(hidden), dtype=_dtype(hidden))
-        picked = torch.empty_like(log_z)
-        for rows in _chunks(len(hidden), chunk_size):
-            logits = _product(hidden[rows], weight.T)
-            if triton:
-                from riverrun.kernels.linear_cross_entropy.triton_softmax import log_z as log_z_of
-
-                log_z[rows], picked[rows] = log_z_of(logits, index[rows])
-            else:
-                log_z[rows] = logits.logsumexp(1)
-                picked[rows] = logits.gather(1, index[rows, None]).squeeze(1)
-        ctx.save_for_backward(hidden, weight, index, log_z)
-        ctx.chunk_size, ctx.triton = chunk_size, triton
-        return log_z, picked
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, of_softmax: torch.Tensor, of_picked: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, index, log_z = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=log_z.dtype) if ctx.needs_input_grad[1] else None
-        for rows in _chunks(len(hidden), ctx.chunk_size):
-            grad = _product(hidden[rows], weight.T)
-            if ctx.triton:
-                from riverrun.kernels.linear_cross_entropy.triton_softmax import softmax_gradient
-
-                of_rows = (x[rows] for x in (log_z, of_softmax, -of_picked))
-                grad = softmax_gradient(grad, index[rows], *of_rows, hidden.dtype)
-            else:
-                grad.sub_(log_z[rows, None]).exp_().mul_(of_softmax[rows, None])
-                grad.scatter_add_(1, index[rows, None], of_picked[rows, None])
-                grad = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = _product(grad, weight).to(hidden.dtype)
-            if grad_weight is not None:
-                _add_product(grad_weight, grad.T, hidden[rows])
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *(None,) * 3
+    return Logits.apply(hidden, weight.to(hidden.dtype), index, chunk_size, chosen == "triton")
 
 
 def tokens_of_chunk(x: torch.Tensor, V: int) -> int:
     """How many tokens' logits to hold at once: float32 (float64 if `x` is float64), on the device of `x`, V a token."""
-    return max(1, (CHUNK_BYTES_OF_GPU if x.is_cuda else CHUNK_BYTES) // (V * _dtype(x).itemsize))
-
-
-def _dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b of low-precision matrices, summed and returned in float32; autocast has no say."""
-    dtype = _dtype(a)
-    with torch.autocast(a.device.type, enabled=False):
-        if a.is_cuda and a.dtype != dtype:
-            return torch.mm(a, b, out_dtype=dtype)
-        return a.to(dtype) @ b.to(dtype)
-
-
-def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """out += a @ b, in the dtype of `out`."""
-    if not a.is_cuda or a.dtype == out.dtype:
-        with torch.autocast(a.device.type, enabled=False):
-            out.addmm_(a.to(out.dtype), b.to(out.dtype))
-    elif torch.compiler.is_compiling():  # which cannot trace the product below
-        out += _product(a, b)
-    else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-
-
-def _chunks(total: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+    return max(1, (CHUNK_BYTES_OF_GPU if x.is_cuda else CHUNK_BYTES) // (V * wide(x).itemsize))

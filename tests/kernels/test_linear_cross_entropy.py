@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from riverrun.kernels.linear_cross_entropy import linear_cross_entropy
+from riverrun.kernels.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 
 N, D, V = 23, 6, 37
 
@@ -146,6 +146,39 @@ class LargestTensor(TorchDispatchMode):
         sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         self.elements = max([self.elements, *sizes])
         return out
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += "mm" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("total", "forward", "backward"),
+    [
+        (lambda out: (out.loss + out.z_loss) / 7, 3, 0),  # the gradients are made while the logits are there
+        (lambda out: out.loss + 2 * out.z_loss, 3, 3),  # and again, if they are not those of the sum
+        (lambda out: out.loss, 3, 3),
+    ],
+)
+def test_computes_the_logits_once_for_the_sum_of_the_losses(total, forward, backward):
+    hidden, weight, targets = make_inputs()
+    with Products() as products:
+        loss = total(linear_cross_entropy(hidden, weight, targets, z_loss=0.3, chunk_size=8))
+    assert products.number == 3 * forward  # chunks
+    with Products() as products:
+        got = torch.autograd.grad(loss, (hidden, weight))
+    assert products.number == 3 * backward
+    parts = LinearCrossEntropy(*(part.sum() for part in full(hidden, weight, targets, 0.3)), N)
+    torch.testing.assert_close(got, torch.autograd.grad(total(parts), (hidden, weight)), rtol=1e-12, atol=1e-12)
+    with Products() as products, torch.no_grad():
+        linear_cross_entropy(hidden, weight, targets, chunk_size=8)
+    assert products.number == 3
 
 
 def test_never_holds_all_logits():
