@@ -48,6 +48,7 @@ def inverse_kernel(
     start,
     length,
     T,
+    forward,  # a bool: T diag(β). Not a constant: this kernel takes long to compile, and what differs is quick
     H: tl.constexpr,
     n: tl.constexpr,
     K: tl.constexpr,
@@ -58,7 +59,6 @@ def inverse_kernel(
     GATED: tl.constexpr,
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
-    FORWARD: tl.constexpr,  # T diag(β)
 ):
     NB: tl.constexpr = C // 16
     c, h = tl.program_id(0), tl.program_id(1)
@@ -131,17 +131,13 @@ def inverse_kernel(
 
         p = inverse + place * C + row[:, None] * C + row[None, :]
         for i in tl.static_range(NB):
-            of_row = _beta(beta + (token * n * H + h), i * 16 + row, tokens * n, H)
+            of_row = -1.0 / _beta(beta + (token * n * H + h), i * 16 + row, tokens * n, H)
             for j in tl.static_range(NB):
                 if j > i:
                     block = tl.zeros([16, 16], tl.float32)
-                elif FORWARD:
-                    block = (
-                        out[i * (i + 1) // 2 + j]
-                        * _beta(beta + (token * n * H + h), j * 16 + row, tokens * n, H)[None, :]
-                    )
                 else:
-                    block = out[i * (i + 1) // 2 + j] * (-1.0 / of_row)[:, None]
+                    of_column = _beta(beta + (token * n * H + h), j * 16 + row, tokens * n, H)
+                    block = out[i * (i + 1) // 2 + j] * tl.where(forward, of_column[None, :], of_row[:, None])
                     if i == j:
-                        block = tl.where(row[:, None] > row[None, :], block, 0.0)
+                        block = tl.where(forward | (row[:, None] > row[None, :]), block, 0.0)
                 tl.store(p + i * 16 * C + j * 16, block.to(inverse.dtype.element_ty))

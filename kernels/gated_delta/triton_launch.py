@@ -100,9 +100,9 @@ def prepare(
     decay, units = k.new_empty(2, M, H, C, dtype=torch.float32)
     reads, units_q = k.new_empty(2, M, H, QP, dtype=torch.float32)
     inverse_kernel[(M, H)](
-        k, beta, beta if g is None else g, inverse, decay, units, *launch.chunks.tensors[2:], k.shape[1],
+        k, beta, beta if g is None else g, inverse, decay, units, *launch.chunks.tensors[2:], k.shape[1], forward,
         **{x: launch.dims[x] for x in ("H", "n", "K", "C", "Q")}, BK=min(32, launch.dims["BK"]),
-        NORMALISE=normalise, GATED=g is not None, PACKED=launch.chunks.packed, EXACT=launch.exact, FORWARD=forward,
+        NORMALISE=normalise, GATED=g is not None, PACKED=launch.chunks.packed, EXACT=launch.exact,
         num_warps=WARPS["inverse"],
     )  # fmt: skip
     scores_kernel[(M, H)](

@@ -10,6 +10,7 @@ from riverrun.kernels.ssd.steps import step_sizes
 __all__ = ["ssd", "ssd_summary"]
 
 LARGEST_P, LARGEST_N = 128, 256  # of the Triton kernels
+PROVEN = 64  # P and N from which they have been right on a GPU: "auto" leaves smaller ones to the chunked form there
 
 
 def ssd(
@@ -46,7 +47,8 @@ def ssd(
         dt_softplus: Δ is the softplus of that.
         initial_state: (S, H, P, N), zeros if None. S is the batch size, or the number of documents.
         cu_seqlens: (S + 1,) integers rising from 0 to T: the bounds of documents packed into a batch of one row.
-        backend: "auto", "reference", "chunked" or "triton" (see `resolve_backend`).
+        backend: "auto", "reference", "chunked" or "triton" (see `resolve_backend`). "auto" is chunked on a GPU too
+            where P or N is below 64, which the Triton kernels have not been right with on one yet.
         chunk_size: tokens a chunk in the chunked backend; changes speed, not the result.
 
     Returns:
@@ -80,7 +82,8 @@ def ssd(
             f"ssd: the Triton kernels take P up to {LARGEST_P} and N up to {LARGEST_N}, got P={P}, N={N}; use "
             "backend='chunked'"
         )
-    chosen = resolve_backend("ssd", backend, x, T, has_triton=fits)
+    proven = fits and (backend == "triton" or min(P, N) >= PROVEN)
+    chosen = resolve_backend("ssd", backend, x, T, has_triton=proven)
     with torch.autocast(x.device.type, enabled=False):
         if chosen == "triton":
             from riverrun.kernels.ssd.triton_op import ssd_triton

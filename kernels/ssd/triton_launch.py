@@ -14,7 +14,7 @@ from riverrun.kernels.common.triton_segments import Segments, segment
 CHUNK = 64  # tokens, at most
 TILE_NUMBERS = 8192
 TILE_P = 64  # channels of a program, at most
-LEAST_ROWS = 64  # of a state in Hopper's matrix products: with 16, which need other ones, Triton 3.6's code faulted
+LEAST = 64  # rows of a state, and channels of a chunk, in Hopper's products: with 16 or 32 Triton 3.6's code was wrong
 WALKERS = 2  # that fit a multiprocessor
 
 
@@ -33,43 +33,51 @@ class Launch:
     segments: Segments | None
     dims: dict[str, Any]
     tile: int  # numbers of a chunk of B, or of a walker's state, at most
-    multiprocessors: int
+    channels: int  # of a tile of a head
+    walkers: int  # channels of each program that walks
+    splits: int  # of a group's heads, in the gradients
 
     @classmethod
-    def of(cls, x: torch.Tensor, B: torch.Tensor, cu_seqlens: torch.Tensor | None) -> "Launch":
+    def of(
+        cls, x: torch.Tensor, B: torch.Tensor, cu_seqlens: torch.Tensor | None, like: "Launch | None" = None
+    ) -> "Launch":
+        """`like`: a launch of the same heads whose programs this one is to have as well, for its kernels."""
         (_, T, H, P), (G, N) = x.shape, B.shape[2:]
         narrow = x.element_size() == 2  # products of float32 are three of narrower numbers
-        BN = max(LEAST_ROWS if narrow and _is_hopper() else 16, triton.next_power_of_2(N))
+        least = LEAST if narrow and _is_hopper() else 16
+        BN = max(least, triton.next_power_of_2(N))
         tile = TILE_NUMBERS if narrow else TILE_NUMBERS // 4
         most = min(CHUNK if narrow and _is_hopper() else CHUNK // 2, tile // BN)
         Q = max(16, min(most, triton.next_power_of_2(T)))
         dims = {"H": H, "G": G, "P": P, "N": N, "Q": Q, "BN": BN}
-        walkers, processors = H * triton.cdiv(P, _widest(P, tile // BN)), multiprocessors(x)
+        widest, processors = _widest(P, tile // BN), multiprocessors(x)
         tokens = x[..., 0, 0]  # (B, T), which costs nothing to flatten
-        segments = segment(tokens, Q, walkers, WALKERS * processors, cu_seqlens)
+        segments = segment(tokens, Q, H * triton.cdiv(P, widest), WALKERS * processors, cu_seqlens)
         chunks = cut(x, Q, cu_seqlens) if segments is None else segments.chunks
-        return cls(chunks, segments, dims, tile, processors)
+        if like is not None:
+            walkers, splits = like.walkers, like.splits
+        else:
+            walkers = _walkers(P, widest, chunks.num_sequences * H, processors)
+            splits = _splits(H // G, 2 * chunks.num_chunks * G, processors)
+        return cls(chunks, segments, dims, tile, max(least, _widest(P, TILE_P)), walkers, splits)
 
     @property
-    def channels(self) -> int:
-        """Of a tile of a head."""
-        return _widest(self.dims["P"], TILE_P)
+    def walks(self) -> int:
+        """The programs that walk along all sequences."""
+        return self.chunks.num_sequences * self.dims["H"] * triton.cdiv(self.dims["P"], self.walkers)
 
-    def walk(self) -> tuple[int, int]:
-        """The programs that walk along all sequences, and the channels of each: what registers have room for, or fewer
-        where that would leave multiprocessors idle."""
-        P, walks = self.dims["P"], self.chunks.num_sequences * self.dims["H"]
-        channels = _widest(P, self.tile // self.dims["BN"])
-        while channels > 16 and walks * triton.cdiv(P, channels) < self.multiprocessors:
-            channels //= 2
-        return walks * triton.cdiv(P, channels), channels
 
-    @property
-    def splits(self) -> int:
-        """Of a group's heads, in the gradients: as few as leave no multiprocessor idle."""
-        heads = self.dims["H"] // self.dims["G"]
-        programs = 2 * self.chunks.num_chunks * self.dims["G"]
-        return next((n for n in range(1, heads) if heads % n == 0 and n * programs >= self.multiprocessors), heads)
+def _walkers(P: int, widest: int, walks: int, processors: int) -> int:
+    """Channels of a program that walks: what registers have room for, or fewer where that would leave multiprocessors
+    idle."""
+    while widest > 16 and walks * triton.cdiv(P, widest) < processors:
+        widest //= 2
+    return widest
+
+
+def _splits(heads: int, programs: int, processors: int) -> int:
+    """Of a group's heads, in the gradients: as few as leave no multiprocessor idle."""
+    return next((n for n in range(1, heads) if heads % n == 0 and n * programs >= processors), heads)
 
 
 def _widest(P: int, room: int) -> int:

@@ -34,12 +34,13 @@ def scan(
     initial: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     softplus: bool,
+    like: Launch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """→ y (B, T, H, P), final state (S, H, P, N) float32."""
     batch, T, H, P = x.shape
     y = x.new_empty(batch, T, H, P)
     final = x.new_empty(batch if cu_seqlens is None else len(cu_seqlens) - 1, H, P, B.shape[3], dtype=torch.float32)
-    launch = Launch.of(x, B, cu_seqlens)
+    launch = Launch.of(x, B, cu_seqlens, like)
     walks = Walks(launch, Steps(launch, rows(dt), bias, A, softplus, T).make(), T)
     x, B, C = map(rows, (x, B, C))
     walks.outputs(x, B, C, D, initial, y, final)
@@ -59,10 +60,11 @@ def scan_backward(
     initial: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     softplus: bool,
+    like: Launch | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """→ the gradients of x, dt, A, B, C, D, the bias and the initial state (those three empty if there is none)."""
     (batch, T, H, P), (G, N) = x.shape, B.shape[2:]
-    launch = Launch.of(x, B, cu_seqlens)
+    launch = Launch.of(x, B, cu_seqlens, like)
     M, splits, Q = launch.chunks.num_chunks, launch.splits, launch.dims["Q"]
     steps = Steps(launch, rows(dt), bias, A, softplus, T)
     walks = Walks(launch, steps.make(), T)
@@ -109,12 +111,12 @@ def check(
     D: torch.Tensor | None,
     bias: torch.Tensor | None,
     states: bool,
-    packed: bool,
+    cu_seqlens: torch.Tensor | None,
     softplus: bool,
     back: bool,
 ) -> None:
-    """The self-check of the forward kernels for such tensors, or of the backward ones. `states` are initial ones."""
-    (H, P), (G, N), device = x.shape[2:], B.shape[2:], x.device
+    """The self-check of the kernels that such tensors take forward, or backward. `states` are initial ones."""
+    (H, P), (G, N), device, packed = x.shape[2:], B.shape[2:], x.device, cu_seqlens is not None
 
     def compare() -> float:
         draw, T = draws(device), 3 * CHUNK + 16  # like most batches' a multiple of 16: compilers use that
@@ -136,7 +138,7 @@ def check(
             return ssd_chunked(x, step_sizes(x, dt, bias, softplus), A, B, C, D, initial, bounds, CHUNK)
 
         u, raw, A, keys, queries, skip, offset, initial = inputs
-        rest = u, raw, A, keys, queries, skip, offset, initial, bounds, softplus
+        rest = u, raw, A, keys, queries, skip, offset, initial, bounds, softplus, Launch.of(x, B, cu_seqlens)
         if not back:
             return deviation(scan(*rest), in_double(chunked, inputs, None))
         grads = scan_backward(upstream, None, *rest)
@@ -162,7 +164,7 @@ def _forward(
     softplus: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if is_due(x):
-        check(x, dt, B, D, bias, initial is not None, cu_seqlens is not None, softplus, back=False)
+        check(x, dt, B, D, bias, initial is not None, cu_seqlens, softplus, back=False)
     return scan(x, dt, A, B, C, D, bias, initial, cu_seqlens, softplus)
 
 
@@ -189,7 +191,7 @@ def _backward(
     softplus: bool,
 ) -> list[torch.Tensor]:
     if is_due(x):
-        check(x, dt, B, D, bias, initial is not None, cu_seqlens is not None, softplus, back=True)
+        check(x, dt, B, D, bias, initial is not None, cu_seqlens, softplus, back=True)
     return list(scan_backward(grad_y, grad_final, x, dt, A, B, C, D, bias, initial, cu_seqlens, softplus))
 
 

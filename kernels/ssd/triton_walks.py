@@ -58,11 +58,10 @@ class Walks:
         segments = self.launch.segments
         if segments is not None:
             initial = self._between(*self._maps(x, B), initial, final, backward=False)
-        programs, channels = self.launch.walk()
-        forward_kernel[(programs,)](
+        forward_kernel[(self.launch.walks,)](
             x, *self.steps, B, C, x if D is None else D, final if initial is None else initial, y, final,
             *self.launch.chunks.tensors[:2], self.T,
-            **self.options(), X_STRIDE=x.stride(0), B_STRIDE=B.stride(0), C_STRIDE=C.stride(0), BP=channels,
+            **self.options(), X_STRIDE=x.stride(0), B_STRIDE=B.stride(0), C_STRIDE=C.stride(0), BP=self.launch.walkers,
             HAS_D=D is not None, BY_CHANNEL=D is not None and D.dim() == 2, HAS_INITIAL=initial is not None,
             KEEP_FINAL=segments is None, STAGES=FORWARD_STAGES, num_warps=FORWARD_WARPS,
         )  # fmt: skip
@@ -104,12 +103,11 @@ class Walks:
         *,
         backward: bool,
     ) -> None:
-        programs, channels = self.launch.walk()
         registers = STATES_REGISTERS if self.launch.segments is None else None  # there are not four of segments
-        states_kernel[(programs,)](
+        states_kernel[(self.launch.walks,)](
             x, *self.steps, B, *(self.steps[0] if t is None else t for t in (first, states, last, decay)),
             *self.launch.chunks.tensors[:2], self.T,
-            **self.options(), X_STRIDE=x.stride(0), B_STRIDE=B.stride(0), BP=channels, BACKWARD=backward,
+            **self.options(), X_STRIDE=x.stride(0), B_STRIDE=B.stride(0), BP=self.launch.walkers, BACKWARD=backward,
             HAS_FIRST=first is not None, KEEP_STATES=states is not None, KEEP_LAST=last is not None,
             KEEP_DECAY=decay is not None, STAGES=STATES_STAGES, num_warps=STATES_WARPS, maxnreg=registers,
         )  # fmt: skip

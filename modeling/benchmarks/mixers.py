@@ -25,7 +25,10 @@ def attention(case: Case, window: int | None = None) -> Mixer:
 MIXERS: dict[str, tuple[Make, str]] = {
     "attention": (attention, "causal, rotary, over all tokens before"),
     f"attention, window of {WINDOW:,}": (lambda case: attention(case, WINDOW), "causal, rotary"),
-    "mamba2": (mamba2, f"inner width 2 D, heads of {Mamba2Options.head_dim}, {Mamba2Options.state_size} states"),
+    "mamba2": (
+        lambda case: mamba2(replace(case, H=Mamba2Options.expand * case.D // Mamba2Options.head_dim)),
+        f"inner width 2 D, heads of {Mamba2Options.head_dim}, {Mamba2Options.state_size} states",
+    ),
     "gated_delta": (lambda case: gated_delta(replace(case, variant="n=1")), "K = V = D / heads, β to 2"),
     "gated_delta, 2 steps": (lambda case: gated_delta(replace(case, variant="n=2")), "the same, n = 2"),
     "para_gru": (

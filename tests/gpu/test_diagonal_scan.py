@@ -39,11 +39,17 @@ def assert_equals_reference(inputs, tolerance=1e-5, **options):
         assert error <= tolerance, error.item()
 
 
+def tolerance(constant):
+    """The product of a chunk's decays is the same for all chunks if the decay is: so is its rounding error, and the
+    errors add up over the chunks that a memory of 10 000 tokens spans."""
+    return 5e-5 if constant else 1e-5
+
+
 @both_decays
 @both_numbers
 @pytest.mark.parametrize("T", [1, 2, 31, 64, 1000, 4096])
 def test_equals_reference(T, dtype, constant):
-    assert_equals_reference(make_inputs(2, T, 256, dtype=dtype, constant=constant))
+    assert_equals_reference(make_inputs(2, T, 256, dtype=dtype, constant=constant), tolerance(constant))
 
 
 @both_numbers
@@ -68,7 +74,7 @@ def test_long_sequence(dtype):
 @both_numbers
 def test_documents(dtype, constant):
     bounds = torch.tensor([0, 1, 2, 130, 131, 300, 497, 3000, 4096], dtype=torch.int32, device="cuda")
-    assert_equals_reference(make_inputs(1, 4096, 256, 8, dtype, constant), cu_seqlens=bounds)
+    assert_equals_reference(make_inputs(1, 4096, 256, 8, dtype, constant), tolerance(constant), cu_seqlens=bounds)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])

@@ -125,7 +125,7 @@ def test_programs_of_whole_heads_and_of_several(chunk):
     lengths = [1, 2] * 16 + [1]
     inputs, bounds = make_inputs(1, sum(lengths), 4, 1, P=20, S=len(lengths)), bounds_of(lengths)
     launch = Launch.of(inputs[0], inputs[3], bounds)
-    assert (launch.walk(), launch.splits) == ((132, 32), 2)
+    assert (launch.walks, launch.walkers, launch.splits) == (132, 32, 2)
     assert max(errors(inputs, bounds)) < 1e-5
 
 
