@@ -6,7 +6,7 @@ Memory is `launch/memory.py`'s. Time is a roofline, in seconds of one optimiser 
     device = products + mixing + traffic + steps through time + tensor-parallel and context-parallel exchange
 
 - products: the FLOPs of weight matrices, those that MFU counts (`flops_per_token`), at `PRODUCTS` of the GPU's peak:
-  forward, twice that backward, and once more what is computed again: logits always, blocks under recompute.
+  forward, twice that backward, and once more what is computed again: blocks under recompute, logits under tp.
 - mixing: the mixers' own FLOPs (`mixing_flops`) at `MIXING` of the peak; cells that step through time take `STEPS`.
 - traffic: bytes of all operators that are no products with weights (`launch/footprint.py`) at `TRAFFIC` of the speed of
   the GPU's memory.
@@ -14,7 +14,9 @@ Memory is `launch/memory.py`'s. Time is a roofline, in seconds of one optimiser 
 - exchange: bytes over NVLink within a node of GPUs, over the network beyond. Nothing overlaps: the engine sets
   `overlap_comm` off, and tensor-parallel collectives are on the way of the data. tp never goes beyond a node.
 
-The fractions are from published and own measurements of parts, not fits: trust the order of layouts that are far apart.
+The fractions are measured, one by one, not fitted to a total; estimates of six runs on an H200 were within 7% of what
+these ran at (docs/benchmarks.md). Beyond one GPU nothing has been compared: trust the order of layouts that are far
+apart.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,18 +34,18 @@ from riverrun.modeling.parallel.sharding import meta_model
 from riverrun.train.config import Recipe
 from riverrun.train.metrics import PEAK_FLOPS
 
-PRODUCTS = 0.6  # of the dense peak: large bf16 products on H100 reach 600 to 700 of 989 TFLOP/s
+PRODUCTS = 0.74  # of the dense peak: 0.72 to 0.77 while models of 1B trained on an H200
 TRAFFIC = 0.75  # of the memory's data sheet: a copy has about 0.9, our fused kernels 0.78 of a copy and more
 LAUNCH = 8e-6  # seconds of the host an operator, autograd's part included: eager PyTorch has 5 to 10 µs
 GATHER = 50e-6  # seconds of the host for each parameter that ZeRO-3 fetches and frees again: a guess
 NEAR = 0.97  # of the highest speed: estimates are not more precise than that
 NETWORK = 0.8  # of the network's data sheet
 
-# Of the dense peak, for what mixers compute beyond weight matrices, forward and backward together. attention: torch's
-# flash kernels, 16 heads of 128 over a document of 32,768 tokens on an H100. The linear recurrences' kernels on an H200
-# (docs/benchmarks.md); those of β to 2 have split numbers. Elementwise cells are traffic.
-MIXING = {"attention": 0.32, "mamba2": 0.125, "gated_delta": 0.125}
-SPLIT = 0.06
+# Of the dense peak, for what mixers compute beyond weight matrices, forward and backward together, in rows of 4,096
+# tokens on an H200 (docs/benchmarks.md): attention by torch's flash kernels, linear recurrences by ours; those of β to 2
+# have split numbers. Elementwise cells are traffic.
+MIXING = {"attention": 0.26, "mamba2": 0.105, "gated_delta": 0.11}
+SPLIT = 0.038
 OTHERS = 0.05
 
 # Seconds a token of a row, forward and backward, of cells whose kernels step through time: heads of 64 channels on an
@@ -184,7 +186,7 @@ def _micro_batch(recipe: Recipe, layout: Layout, cluster: Cluster) -> dict[str, 
     count = flops(options, T)
 
     head = 2.0 * options.vocab_size * options.hidden_size
-    products = (count.matrices - head) * (3 + again) + head * 4
+    products = (count.matrices - head) * (3 + again) + head * (3 if tp == 1 else 4)
     mixing = 0.0
     for mixer, value in count.mixing.items():
         if mixer not in STEPS:  # recurrences over context-parallel ranks first find their states (docs/parallelism.md)
