@@ -42,8 +42,8 @@ NEAR = 0.97  # of the highest speed: estimates are not more precise than that
 NETWORK = 0.8  # of the network's data sheet
 
 # Of the dense peak, for what mixers compute beyond weight matrices, forward and backward together, in rows of 4,096
-# tokens on an H200 (docs/benchmarks.md): attention by torch's flash kernels, linear recurrences by ours; those of β to 2
-# have split numbers. Elementwise cells are traffic.
+# tokens on an H200 (docs/benchmarks.md): attention by torch's flash kernels, linear recurrences by ours, with split
+# numbers for β to 2. Elementwise cells are traffic.
 MIXING = {"attention": 0.26, "mamba2": 0.105, "gated_delta": 0.11}
 SPLIT = 0.038
 OTHERS = 0.05
