@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from riverrun.modeling.cache import RiverrunCache
@@ -72,10 +72,14 @@ def generate(
     num_samples: int = 1,
     seed: int = 0,
     streamer: BaseStreamer | None = None,
+    stopping: StoppingCriteriaList | None = None,
 ) -> Generation:
     """Continue `prompt` (at least one token); the same for a seed, on one machine and number of samples.
 
     Riverrun's models read the prompt in pieces of `PREFILL_CHUNK` tokens, once for all samples.
+
+    Args:
+        stopping: what ends a sample besides `eos_id`.
 
     Raises:
         ValueError: an empty prompt, or counts below 1.
@@ -98,6 +102,7 @@ def generate(
             past_key_values=cache,
             generation_config=_config(sampling, max_new_tokens, eos_id),
             streamer=streamer,
+            stopping_criteria=stopping,
         )
     _wait(device)
     tokens = [_until(row, eos_id) for row in out[:, len(prompt) :].tolist()]

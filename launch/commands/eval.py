@@ -95,3 +95,25 @@ def perplexity(
     for table in perplexity_tables(result, bits):
         out.print(table)
     out.print(Text(f"{path} and loss_by_position.png beside it"), soft_wrap=True)
+
+
+@app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def lm_eval(context: typer.Context) -> None:
+    """lm-evaluation-harness, which knows our models as `--model riverrun --model_args path=RUN_OR_FOLDER`.
+
+    All arguments are its own, for instance `run --model riverrun --model_args path=runs/a --tasks lambada_openai`.
+    """
+    import sys
+
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ModuleNotFoundError as missing:
+        raise ValueError(f"{missing.name} is not installed: pip install 'riverrun[eval]'") from None
+    import riverrun.eval.lm_eval  # noqa: F401 - registers the model
+
+    sys.argv = ["lm-eval", *context.args]
+    cli_evaluate()
