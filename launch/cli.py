@@ -18,6 +18,7 @@ from riverrun.launch.commands import (
     plan,
     quickstart,
     recipes,
+    report,
     reshard,
     train,
 )
@@ -81,6 +82,7 @@ app.add_typer(data.app, name="data", rich_help_panel=TRAINING)
 app.command("plan", rich_help_panel=TRAINING)(plan.plan)
 app.command("train", rich_help_panel=TRAINING)(train.train)
 app.add_typer(evaluation.app, name="eval", rich_help_panel=MODELS)
+app.command("report", rich_help_panel=MODELS)(report.report)
 app.command("generate", rich_help_panel=MODELS)(generate.generate)
 app.command("reshard", rich_help_panel=MODELS)(reshard.reshard)
 app.command("export", rich_help_panel=MODELS)(export.export)

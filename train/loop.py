@@ -166,7 +166,7 @@ class Trainer:
         self.file: metrics.MetricsFile | None = None
         self.dashboards: metrics.Dashboards | None = None
         if self.first:
-            _write_description(run_dir, recipe, model, inputs)
+            _write_description(run_dir, recipe, model, inputs, ranks)
             superseded = checkpoint.set_aside(run_dir, self.step) if checkpoint.folder_of(run_dir).is_dir() else []
             self.dashboards = metrics.Dashboards(recipe.log, run_dir, recipe.model_dump(mode="json"), self.step)
             self.file = metrics.MetricsFile(run_dir / "metrics.jsonl", self.step)
@@ -410,7 +410,7 @@ def _warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def _write_description(run_dir: Path, recipe: Recipe, model: RiverrunForCausalLM, inputs: Inputs) -> None:
+def _write_description(run_dir: Path, recipe: Recipe, model: RiverrunForCausalLM, inputs: Inputs, ranks: Ranks) -> None:
     """What an export or another reader needs besides the weights."""
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.toml").write_text(to_toml(recipe), encoding="utf-8")
@@ -428,5 +428,7 @@ def _write_description(run_dir: Path, recipe: Recipe, model: RiverrunForCausalLM
         "transformers": transformers.__version__,
         "numpy": np.__version__,
         **engines.versions(),
+        "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.machine(),
+        "ranks": f"{ranks.world_size} ({ranks.mesh.describe()})",
     }
     (run_dir / "versions.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
