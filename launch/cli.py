@@ -15,6 +15,7 @@ from riverrun.launch.commands import (
     doctor,
     export,
     generate,
+    length,
     plan,
     quickstart,
     recipes,
@@ -81,6 +82,8 @@ app.command("config", rich_help_panel=TRAINING)(config.config)
 app.add_typer(data.app, name="data", rich_help_panel=TRAINING)
 app.command("plan", rich_help_panel=TRAINING)(plan.plan)
 app.command("train", rich_help_panel=TRAINING)(train.train)
+evaluation.app.command("length")(length.length)
+evaluation.app.command("needle")(length.needle)
 app.add_typer(evaluation.app, name="eval", rich_help_panel=MODELS)
 app.command("report", rich_help_panel=MODELS)(report.report)
 app.command("generate", rich_help_panel=MODELS)(generate.generate)

@@ -31,6 +31,7 @@ from torch import nn
 from riverrun.eval.batches import Batch, Tokens, batched, packed_batches, pad, row_batches
 from riverrun.eval.documents import Documents
 from riverrun.eval.harness import TaskResult
+from riverrun.eval.intervals import Z95
 from riverrun.eval.losses import token_losses
 from riverrun.eval.models import LoadedModel
 from riverrun.modeling.cache import RiverrunCache
@@ -39,7 +40,6 @@ from riverrun.train.data.packing import IGNORED
 from riverrun.train.metrics import bits_per_byte
 
 TASK, VERSION = "perplexity", 1
-Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
 
 
 class Bucket(NamedTuple):
@@ -132,7 +132,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple]) -> PerplexityResult:
         ValueError: nothing to score; packed sequences for a model that cannot keep them apart.
     """
     tally = Tally()
-    with _evaluating(model):
+    with evaluating(model):
         device = _device(model)
         for fields in batches:
             batch = Batch(*fields)
@@ -162,16 +162,16 @@ def evaluate_streaming(
         ValueError: nothing to score.
     """
     tally, number = Tally(), 0
-    with _evaluating(model):
+    with evaluating(model):
         for group in batched(documents, batch_size):
             group = [np.asarray(tokens, np.int64) for tokens in group]
             order = sorted(range(len(group)), key=lambda i: -len(group[i]))
-            _stream(model, [group[i] for i in order], number + np.array(order), chunk_len, tally)
+            stream(model, [group[i] for i in order], number + np.array(order), chunk_len, tally)
             number += len(group)
     return tally.result()
 
 
-def _stream(
+def stream(
     model: RiverrunForCausalLM, tokens: list[np.ndarray], numbers: np.ndarray, chunk_len: int, tally: Tally
 ) -> None:
     """Documents in parallel, the longest first; a document that is over leaves the batch."""
@@ -252,7 +252,7 @@ def summarize(result: PerplexityResult, documents: Documents, *, seq_len: int, s
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, and then as it was."""
     was_training = model.training
     model.eval()

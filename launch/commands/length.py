@@ -1,0 +1,158 @@
+"""`riverrun eval length` and `riverrun eval needle`: how far a model's context carries."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from riverrun.launch.commands.eval import Device, Dtype, Model, Step, Trust
+from riverrun.launch.console import err, out
+
+
+def length(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="A token store's folder, a text file, or a .jsonl file.")],
+    max_length: Annotated[
+        int | None, typer.Option(help="Positions to evaluate; default: as far as the documents, or the model, go.")
+    ] = None,
+    train_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of context in training, for the verdict; default: as the run's config says."),
+    ] = None,
+    concatenate: Annotated[
+        bool, typer.Option("--concatenate", help="Join the documents and cut them into sequences of --max-length.")
+    ] = False,
+    chunk_len: Annotated[int, typer.Option(help="Tokens read at once, with the state carried on.")] = 4096,
+    limit: Annotated[int | None, typer.Option(help="Read the first N documents only.")] = None,
+    states: Annotated[
+        int, typer.Option(help="Documents whose states are followed, Riverrun's models only; 0: none.")
+    ] = 4,
+    batch_size: Annotated[int, typer.Option(help="Documents at a time.")] = 8,
+    out_dir: Annotated[
+        Path | None,
+        typer.Option("--out", help="The folder for results.json and the plots; default: eval/length in the run."),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    step: Step = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Loss by position, far beyond the training length, and whether the model collapses, forgets or extrapolates there.
+
+    Writes results.json and length.png; and states.png, the norms of the recurrent states by layer and head and how much
+    of the first token they retain. Give documents longer than twice the training length, or --concatenate.
+    """
+    from dataclasses import replace
+    from itertools import islice
+
+    from rich.progress import track
+    from rich.text import Text
+
+    from riverrun.eval.documents import open_documents
+    from riverrun.eval.harness import Timer, write_results
+    from riverrun.eval.models import load_model
+    from riverrun.eval.tasks import length as task
+    from riverrun.eval.tasks import state_statistics
+    from riverrun.modeling.model import RiverrunForCausalLM
+
+    timer = Timer()
+    loaded = load_model(model, device=device, dtype=dtype, step=step, trust_remote_code=trust_remote_code)
+    documents = open_documents(data, loaded, limit)
+    shown = track(
+        documents.tokens, "length", documents.num_documents, console=err, transient=True, disable=not err.is_terminal
+    )
+    result, record = task.run(
+        loaded, replace(documents, tokens=shown), max_length=max_length, train_length=train_length,
+        chunk_len=chunk_len, batch_size=batch_size, concatenate=concatenate,
+    )  # fmt: skip
+    records = [record]
+    train_length = record.config["train_length"]
+    folder = out_dir or Path(model if (Path(model) / "checkpoints").is_dir() else ".", "eval", "length")
+    if states > 0 and isinstance(loaded.model, RiverrunForCausalLM):
+        again = open_documents(data, loaded, limit)  # a store's documents can be read once
+        chosen = islice(task.sequences(again.tokens, max_length, concatenate), states)
+        statistics = state_statistics.measure(
+            loaded.model, chosen, train_length=train_length, chunk_len=chunk_len
+        )  # fmt: skip
+        config = {
+            name: record.config[name] for name in ("max_length", "train_length", "concatenate", "data_fingerprint")
+        }
+        records.append(state_statistics.summarize(statistics, again.available, config))
+        folder.mkdir(parents=True, exist_ok=True)
+        state_statistics.plot(statistics, folder / "states.png", loaded.description)
+    path = write_results(folder, records, loaded, seed=0, batch_size=batch_size, timer=timer)
+    task.plot(result, train_length, folder / "length.png", loaded.description)
+
+    out.print(Text(f"{loaded.description} on {data}: {result.verdict.verdict}"), soft_wrap=True)
+    out.print(Text(result.verdict.reason), soft_wrap=True)
+    out.print(task.table(result))
+    if len(records) > 1:
+        out.print(state_statistics.table(statistics))
+    out.print(Text(f"{path} and the plots beside it"), soft_wrap=True)
+
+
+def needle(
+    model: Model,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="passkey, niah_single_1 to _3, niah_multikey_1 to _3, babilong_qa1 or _qa2; may be repeated. "
+            "Default: passkey and niah_single_1."
+        ),
+    ] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Tokens of prompt and answer; may be repeated. Default: 1024, 2048, 4096.")
+    ] = None,
+    depth: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of the text before the needle; may be repeated. Default: 0, 0.25, 0.5, 0.75, 1."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Of each kind, length and depth.")] = 20,
+    haystack: Annotated[
+        Path | None, typer.Option(help="A text file to hide the needles in; default: RULER's noise sentences.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 42,
+    batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
+    out_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="The folder for the results, gone on with if begun; default: eval/needle in the run."
+        ),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    step: Step = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Recall of facts hidden in long texts, by length and depth: passkeys, RULER's needles, BABILong's facts.
+
+    Writes samples.jsonl (a line as soon as a sample is finished: the same command goes on where it was stopped),
+    results.json, and needle.png, a heat map of the accuracy.
+    """
+    from rich.progress import Progress
+    from rich.text import Text
+
+    from riverrun.eval.harness import Timer, write_results
+    from riverrun.eval.models import load_model
+    from riverrun.eval.tasks import needle as task
+
+    timer = Timer()
+    chosen = {"kinds": kind, "lengths": length, "depths": depth}
+    plan = task.Plan(
+        **{name: tuple(values) for name, values in chosen.items() if values},  # type: ignore[arg-type]
+        samples=samples, seed=seed, haystack=haystack,
+    )  # fmt: skip
+    loaded = load_model(model, device=device, dtype=dtype, step=step, trust_remote_code=trust_remote_code)
+    folder = out_dir or Path(model if (Path(model) / "checkpoints").is_dir() else ".", "eval", "needle")
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
+        shown = bar.add_task("needle")
+        records, results = task.run(
+            loaded, plan, folder, batch_size=batch_size,
+            progress=lambda done, total: bar.update(shown, completed=done, total=total),
+        )  # fmt: skip
+    path = write_results(folder, results, loaded, seed=seed, batch_size=batch_size, timer=timer)
+    task.plot(records, folder / "needle.png", loaded.description)
+
+    out.print(Text(loaded.description), soft_wrap=True)
+    out.print(task.table(records))
+    out.print(Text(f"{path}, {task.SAMPLES} and needle.png beside it"), soft_wrap=True)
