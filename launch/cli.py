@@ -21,6 +21,7 @@ from riverrun.launch.commands import (
     recipes,
     report,
     reshard,
+    study,
     train,
 )
 from riverrun.launch.commands import eval as evaluation
@@ -85,6 +86,7 @@ app.command("train", rich_help_panel=TRAINING)(train.train)
 evaluation.app.command("length")(length.length)
 evaluation.app.command("needle")(length.needle)
 app.add_typer(evaluation.app, name="eval", rich_help_panel=MODELS)
+app.command("study", rich_help_panel=MODELS)(study.study)
 app.command("report", rich_help_panel=MODELS)(report.report)
 app.command("generate", rich_help_panel=MODELS)(generate.generate)
 app.command("reshard", rich_help_panel=MODELS)(reshard.reshard)

@@ -25,6 +25,7 @@ from riverrun.eval.decoding.stream import continuation
 from riverrun.eval.harness import TaskResult
 from riverrun.eval.haystack import BABILONG, KINDS, PLACES, Cell, Sample, make_sample, read_haystack
 from riverrun.eval.intervals import wilson
+from riverrun.eval.lines import whole_lines
 from riverrun.eval.models import LoadedModel
 from riverrun.modeling.cache import RiverrunCache
 from riverrun.modeling.model import RiverrunForCausalLM
@@ -172,12 +173,8 @@ def resume(folder: Path, config: dict[str, Any]) -> list[Record]:
             f"{samples} is of another configuration ({', '.join(different)} differ): choose another --out, or remove "
             "it to start again"
         )
-    data = samples.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        write_atomically(samples, whole)
     try:
-        return [Record(**json.loads(line)) for line in whole.split(b"\n")[:-1]]
+        return [Record(**json.loads(line)) for line in whole_lines(samples)]
     except (TypeError, json.JSONDecodeError):
         raise ValueError(f"{samples} is damaged: remove it to start again") from None
 

@@ -1,0 +1,1 @@
+"""Studies: small models trained on generated data, to learn what a mixer can and cannot do."""
