@@ -39,6 +39,7 @@ from riverrun.eval.documents import Documents
 from riverrun.eval.harness import TaskResult
 from riverrun.eval.losses import token_losses
 from riverrun.eval.models import LoadedModel
+from riverrun.eval.report import span
 from riverrun.eval.tasks.perplexity import Bucket, PerplexityResult, Tally, evaluating, stream
 from riverrun.modeling.model import RiverrunForCausalLM
 from riverrun.train.data.packing import IGNORED
@@ -344,7 +345,7 @@ def table(result: LengthResult) -> Table:
     for name in ("tokens of context", "loss", "tokens scored"):
         found.add_column(name, justify="right")
     for bucket in result.total.by_position:
-        found.add_row(f"{bucket.first:,}–{bucket.last:,}", f"{bucket.loss:.4f}", f"{bucket.tokens:,}")
+        found.add_row(span(bucket), f"{bucket.loss:.4f}", f"{bucket.tokens:,}")
     return found
 
 
