@@ -56,22 +56,21 @@ def compare(
         ValueError: `only` names no contender, or the inputs cannot be made.
     """
     inputs = make_inputs(benchmark, case, regime)
-    short = replace(case, T=reference_length(case))
-    truth: list[list[torch.Tensor]] = []  # made when it is first needed
+    truth: list[tuple[Case, Inputs, list[torch.Tensor]]] = []  # made when it is first needed
 
     def measure(contender: Contender, result: Result) -> None:
         _measure(benchmark.name, contender.build(inputs, case, load), case.device, repeats, result)
         if not contender.same_maths:
             return
-        cut = inputs if short.T == case.T else _cut(inputs, benchmark.sequences, short.T)
         if not truth:
-            double = leaves(cut, torch.float64)
-            truth.append(_outcome(benchmark.reference(double, short), case.dtype))
-        result.error = _errors(_outcome(contender.build(cut, short, load), case.dtype), truth[0])
+            truth.append(_truth(benchmark, inputs, case))
+        short, cut, exact = truth[0]
+        result.error = _errors(_outcome(contender.build(cut, short, load), case.dtype), exact)
         result.error_len = short.T
 
     for contender in select(benchmark.contenders(case), only):
         result = Result(contender.name, contender.note)
+        torch.cuda.empty_cache()  # what others load takes memory past torch's allocator
         result.skipped = unavailable(contender, case) or attempt(measure, contender, result)
         yield result
 
@@ -239,6 +238,20 @@ def _outcome(work: Work, dtype: torch.dtype) -> list[torch.Tensor]:
     h = work.forward()
     grads = torch.autograd.grad(h, work.leaves, _upstream(h, dtype))
     return [h.detach(), *(grads if work.arrange is None else work.arrange(grads))]
+
+
+def _truth(benchmark: Benchmark, inputs: Inputs, case: Case) -> tuple[Case, Inputs, list[torch.Tensor]]:
+    """The case cut to as many tokens as there is time and memory for, its inputs, and the outcome in float64."""
+    short = replace(case, T=reference_length(case))
+    while True:
+        cut = inputs if short.T == case.T else _cut(inputs, benchmark.sequences, short.T)
+        try:
+            return short, cut, _outcome(benchmark.reference(leaves(cut, torch.float64), short), case.dtype)
+        except torch.OutOfMemoryError as error:  # autograd kept more than was estimated
+            if short.T == 1:
+                raise
+            traceback.clear_frames(error.__traceback__)
+            short = replace(short, T=short.T // 2)
 
 
 def _errors(got: list[torch.Tensor], want: list[torch.Tensor]) -> dict[str, float]:

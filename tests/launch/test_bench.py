@@ -295,6 +295,20 @@ def test_errors_are_measured_on_the_first_tokens_of_long_sequences(monkeypatch):
     assert 0 < max(found["riverrun 2 chunks"].error.values()) < 1e-5
 
 
+def test_errors_are_measured_on_as_many_tokens_as_there_is_memory_for():
+    benchmark, tried = BENCHMARKS["para_gru"], []
+
+    def reference(inputs, case):
+        tried.append(case.T)
+        if case.T > 16:
+            raise torch.OutOfMemoryError("not enough")
+        return benchmark.reference(inputs, case)
+
+    found = compare(replace(benchmark, reference=reference), case_of(), only=("riverrun auto",))["riverrun auto"]
+    assert tried[-2:] == [2 * found.error_len, found.error_len] and found.error_len <= 16 < tried[-2]
+    assert 0 < found.error["output"] < 1e-5
+
+
 def fake(*extra, ours="riverrun auto"):
     """para_gru with other contenders."""
     benchmark = BENCHMARKS["para_gru"]
