@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from riverrun.modeling.cache import RiverrunCache
@@ -73,6 +73,7 @@ def generate(
     seed: int = 0,
     streamer: BaseStreamer | None = None,
     stopping: StoppingCriteriaList | None = None,
+    processors: LogitsProcessorList | None = None,
 ) -> Generation:
     """Continue `prompt` (at least one token); the same for a seed, on one machine and number of samples.
 
@@ -80,6 +81,7 @@ def generate(
 
     Args:
         stopping: what ends a sample besides `eos_id`.
+        processors: change the logits before `sampling` does.
 
     Raises:
         ValueError: an empty prompt, or counts below 1.
@@ -103,6 +105,7 @@ def generate(
             generation_config=_config(sampling, max_new_tokens, eos_id),
             streamer=streamer,
             stopping_criteria=stopping,
+            logits_processor=processors,
         )
     _wait(device)
     tokens = [_until(row, eos_id) for row in out[:, len(prompt) :].tolist()]

@@ -15,24 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from rich.table import Table
-from transformers import GenerationConfig
 
-from riverrun.eval.batches import batched
-from riverrun.eval.decoding.generate import PREFILL_CHUNK
-from riverrun.eval.decoding.stream import continuation
+from riverrun.eval.decoding.complete import opening, respond
 from riverrun.eval.harness import TaskResult
 from riverrun.eval.haystack import BABILONG, KINDS, PLACES, Cell, Sample, make_sample, read_haystack
 from riverrun.eval.intervals import wilson
-from riverrun.eval.lines import whole_lines
 from riverrun.eval.models import LoadedModel
-from riverrun.modeling.cache import RiverrunCache
-from riverrun.modeling.model import RiverrunForCausalLM
-from riverrun.train.data.store import write_atomically
+from riverrun.eval.samples import Key, collect
 
 VERSION = 1
-SAMPLES, SETTINGS = "samples.jsonl", "samples_config.json"
 
 
 # Scoring
@@ -46,45 +38,9 @@ def is_correct(kind: str, answer: str, output: str) -> bool:
     return {place for place in PLACES if place in sentence} == {answer}
 
 
-@torch.no_grad()
-def complete(model: LoadedModel, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """Greedy continuations, in one batch padded on the left. Riverrun's models read it in pieces of `PREFILL_CHUNK`
-    tokens; the first is longer by the padding, which only it may hold."""
-    network, eos_id = model.model, model.require_tokenizer().eos_id
-    width = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    cache = None
-    if isinstance(network, RiverrunForCausalLM):
-        cache, end = RiverrunCache(network.config.num_hidden_layers), width - min(map(len, prompts)) + PREFILL_CHUNK
-        while cache.seen < width - 1:
-            piece = slice(cache.seen, min(end, width - 1))
-            network(ids[:, piece], attention_mask=mask[:, piece], past_key_values=cache, logits_to_keep=1)
-            end += PREFILL_CHUNK
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos_id, pad_token_id=eos_id, use_cache=True
-    )
-    out = network.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=config)  # type: ignore
-    return out[:, width:].tolist()
-
-
-def respond(model: LoadedModel, samples: list[Sample]) -> list[str]:
+def respond_to(model: LoadedModel, samples: list[Sample]) -> list[str]:
     """The text that a model appends to each sample's prompt; samples of one kind."""
-    tokenizer, opening = model.require_tokenizer(), _opening(model)
-    prompts = [opening + tokenizer.encode(sample.prompt) for sample in samples]
-    outputs = complete(model, prompts, KINDS[samples[0].cell.kind].new_tokens)
-    cut = [out[: out.index(tokenizer.eos_id)] if tokenizer.eos_id in out else out for out in outputs]
-    return [continuation(tokenizer, prompt, out) for prompt, out in zip(prompts, cut)]
-
-
-def _opening(model: LoadedModel) -> list[int]:
-    """As `open_documents` begins a text."""
-    bos_id = model.require_tokenizer().bos_id
-    return [] if model.is_riverrun or bos_id is None else [bos_id]
+    return respond(model, [sample.prompt for sample in samples], KINDS[samples[0].cell.kind].new_tokens)
 
 
 # The task
@@ -154,31 +110,6 @@ def settings(plan: Plan, model: LoadedModel) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
-def resume(folder: Path, config: dict[str, Any]) -> list[Record]:
-    """The samples finished there, or none in a fresh folder, which is marked as this configuration's. A line that was
-    cut short when a run was killed is removed.
-
-    Raises:
-        ValueError: the folder holds samples of another configuration, or damaged ones.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    samples, mark = folder / SAMPLES, folder / SETTINGS
-    if not samples.exists():
-        write_atomically(mark, (json.dumps(config, indent=2) + "\n").encode())
-        samples.touch()
-        return []
-    there = json.loads(mark.read_text(encoding="utf-8")) if mark.exists() else {}
-    if different := sorted(key for key in config.keys() | there.keys() if config.get(key) != there.get(key)):
-        raise ValueError(
-            f"{samples} is of another configuration ({', '.join(different)} differ): choose another --out, or remove "
-            "it to start again"
-        )
-    try:
-        return [Record(**json.loads(line)) for line in whole_lines(samples)]
-    except (TypeError, json.JSONDecodeError):
-        raise ValueError(f"{samples} is damaged: remove it to start again") from None
-
-
 def evaluate(
     plan: Plan,
     folder: Path,
@@ -189,32 +120,29 @@ def evaluate(
     batch_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Record]:
-    """All records of a plan: those in `folder`, and the rest, each batch of which is appended there when finished.
+    """All records of a plan: those in `folder`, and the rest.
 
     Args:
         answer: samples of one kind and length → the texts that follow their prompts.
         progress: told of samples done and of all.
 
     Raises:
-        ValueError: see `resume`.
+        ValueError: see `collect`.
     """
-    found = {Cell(*record[:4]): record for record in resume(folder, config)}
-    cells = list(plan.cells())
-    progress(len(found), len(cells))
-    with open(folder / SAMPLES, "a", encoding="utf-8") as file:
-        for kind in plan.kinds:
-            for length in plan.lengths:
-                rest = [cell for cell in cells if cell[:2] == (kind, length) and cell not in found]
-                for group in batched(rest, batch_size):
-                    samples = [make(cell) for cell in group]
-                    for sample, output in zip(samples, answer(samples)):
-                        right = is_correct(kind, sample.answer, output)
-                        record = Record(*sample.cell, sample.answer, output, right)
-                        file.write(json.dumps(record._asdict()) + "\n")
-                        found[sample.cell] = record
-                    file.flush()
-                    progress(len(found), len(cells))
-    return [found[cell] for cell in cells]
+
+    def work(keys: list[Key]) -> list[dict[str, Any]]:
+        samples = [make(Cell(*key)) for key in keys]
+        records = [
+            Record(*sample.cell, sample.answer, output, is_correct(sample.cell.kind, sample.answer, output))
+            for sample, output in zip(samples, answer(samples))
+        ]
+        return [record._asdict() for record in records]
+
+    found = collect(
+        folder, config, list(plan.cells()), work,
+        batch_size=batch_size, group=lambda key: key[:2], progress=progress,
+    )  # fmt: skip
+    return [Record(**record) for record in found]
 
 
 def run(
@@ -230,8 +158,6 @@ def run(
     Raises:
         ValueError: lengths that the model cannot take or that are too short, no tokenizer, another configuration there.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
     if not model.is_riverrun and model.seq_len is not None and max(plan.lengths) > model.seq_len:
         raise ValueError(
             f"{model.description} takes at most {model.seq_len} tokens: leave out lengths above, such as "
@@ -239,13 +165,13 @@ def run(
         )
     tokenizer = model.require_tokenizer()
     text = None if plan.haystack is None else read_haystack(plan.haystack)
-    make = partial(make_sample, tokenizer=tokenizer, text=text, seed=plan.seed, opening=len(_opening(model)))
+    make = partial(make_sample, tokenizer=tokenizer, text=text, seed=plan.seed, opening=len(opening(model)))
     for cell in plan.cells():
         if cell.length == min(plan.lengths):  # what is too short is known before hours of work
             make(cell)
     config = settings(plan, model)
     records = evaluate(
-        plan, folder, config, make, partial(respond, model), batch_size=batch_size, progress=progress
+        plan, folder, config, make, partial(respond_to, model), batch_size=batch_size, progress=progress
     )  # fmt: skip
     return records, summarize(records, config)
 

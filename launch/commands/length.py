@@ -134,6 +134,7 @@ def needle(
 
     from riverrun.eval.harness import Timer, write_results
     from riverrun.eval.models import load_model
+    from riverrun.eval.samples import SAMPLES
     from riverrun.eval.tasks import needle as task
 
     timer = Timer()
@@ -155,4 +156,4 @@ def needle(
 
     out.print(Text(loaded.description), soft_wrap=True)
     out.print(task.table(records))
-    out.print(Text(f"{path}, {task.SAMPLES} and needle.png beside it"), soft_wrap=True)
+    out.print(Text(f"{path}, {SAMPLES} and needle.png beside it"), soft_wrap=True)
