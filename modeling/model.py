@@ -27,9 +27,11 @@ class CausalLMOutput(CausalLMOutputWithPast):
 
     Attributes:
         cross_entropy: summed next-token cross-entropy in nats, without z-loss, detached.
+        token_losses: (B, T) that of every prediction, 0 where there is no target, if they were asked for.
     """
 
     cross_entropy: torch.Tensor | None = None
+    token_losses: torch.Tensor | None = None
 
 
 class RiverrunModel(nn.Module):
@@ -111,6 +113,7 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
         targets: torch.Tensor | None = None,
         num_targets: torch.Tensor | int | None = None,
         z_loss: float = 0.0,
+        token_losses: bool = False,
         context: Context | None = None,
         return_dict: bool | None = None,
         **kwargs,
@@ -129,6 +132,8 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
                 loop's way: no logits are returned.
             num_targets: what the summed loss is divided by; default: the number of targets here.
             z_loss: weight of the squared log-partition, added to `loss`.
+            token_losses: compute the cross-entropy of every single one of `targets` instead of the loss. Not of a model
+                that several ranks share.
             context: the rows lie on several context-parallel ranks, and the tokens and targets given are this rank's
                 shard of them. In training and evaluation only; it takes the place of `cu_seqlens`.
 
@@ -164,6 +169,8 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
             layout = self._layout(input_ids, attention_mask, cu_seqlens, cache)
         hidden = self.model(input_ids, layout, cache)
 
+        if token_losses:
+            return CausalLMOutput(token_losses=self._token_losses(hidden, targets))
         logits = loss = cross_entropy = None
         if targets is None:
             logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
@@ -184,6 +191,11 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
             cross_entropy=cross_entropy,
         )
         return result.to_tuple() if return_dict is False else result
+
+    def _token_losses(self, hidden: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
+        assert targets is not None and self.model.tp.size == 1
+        out = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction="none")
+        return out.loss.view(targets.shape)
 
     def _layout(self, input_ids, attention_mask, cu_seqlens, cache) -> Layout:
         B, T = input_ids.shape

@@ -40,6 +40,7 @@ class TrainConfig(Section):
     recompute: bool = False  # recompute each block's activations in the backward pass instead of storing them
     compile: bool = False  # torch.compile each block
     z_loss: NonNegativeFloat = 0.0  # weight of logsumexp² of the logits; 1e-4 to 1e-5 is usual
+    objective: Literal["lm"] = "lm"  # what is learned: the next token
     log_every: PositiveInt = 10  # steps between records in metrics.jsonl; the loss is averaged over them
     eval_every: NonNegativeInt = 0  # steps between evaluations on data.held_out, from step 0 on; 0: only at the end
     eval_rows: PositiveInt = 64  # rows of data.seq_len tokens an evaluation reads
@@ -142,6 +143,16 @@ class Recipe(Section):
                 f"train.micro_batch_size × data.seq_len / parallel.cp = {tokens} tokens must be a multiple of "
                 f"parallel.tp={tp}, whose ranks share them"
             )
+        if train.objective != "lm":
+            if tp > 1 or cp > 1:
+                found.append(
+                    f"train.objective={train.objective!r} needs the loss of every single prediction, which ranks that "
+                    "share a row do not have: set parallel.tp=1 and parallel.cp=1"
+                )
+            if train.z_loss:
+                found.append(
+                    f"train.z_loss belongs to train.objective='lm': set train.z_loss=0 for {train.objective!r}"
+                )
         if self.optimizer.name == "muon" and tp > 1:
             found.append("optimizer.name='muon' orthogonalises whole matrices: it needs parallel.tp=1, or use adamw")
         if schedule.warmup_steps >= train.steps:

@@ -33,10 +33,11 @@ from riverrun.train import optim
 from riverrun.train.config import EngineConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from riverrun.train.data.packing import Batch
 from riverrun.train.distributed import Ranks
+from riverrun.train.objectives.objective import Objective
 from riverrun.train.quiet import quiet
 from riverrun.train.shards import MASTER, Shards, Universal
 
-AUTO = ParallelConfig()
+AUTO, NEXT_TOKEN = ParallelConfig(), Objective()
 TAG = "zero"  # the folder of DeepSpeed's files in a checkpoint
 
 
@@ -58,6 +59,7 @@ class Engine:
         model: on any device, in fp32, the same on every rank of `ranks.mesh.dpcp`: this rank's shard of it.
         accumulation: micro batches a rank and step.
         parallel: how context-parallel ranks share recurrences and attention.
+        objective: what is minimised.
 
     Raises:
         ValueError: a combination of settings that would not train what it says.
@@ -72,6 +74,7 @@ class Engine:
         ranks: Ranks,
         accumulation: int,
         parallel: ParallelConfig = AUTO,
+        objective: Objective = NEXT_TOKEN,
     ):
         if optimizer.name == "muon" and engine.zero_stage != 1:
             raise ValueError(
@@ -79,7 +82,7 @@ class Engine:
                 "orthogonalised update instead of the gradient"
             )
         self.ranks, self.accumulation, self.z_loss = ranks, accumulation, train.z_loss
-        self.parallel = parallel
+        self.parallel, self.objective = parallel, objective
         self.dtype = torch.bfloat16 if train.dtype == "bf16" else torch.float32
         self.stage = engine.zero_stage
         # Muon's functions come decorated with torch.compile: not worth a compiler's start-up, so they run as they are
@@ -96,25 +99,37 @@ class Engine:
         """Forward and backward of this rank's micro batches of one step.
 
         Returns:
-            This rank's part of the summed cross-entropy, in nats: a float64 scalar on the device.
+            This rank's part of the objective's summed losses, in nats: (losses,) float64 on the device.
         """
         assert len(batches) == self.accumulation, f"{len(batches)} micro batches instead of {self.accumulation}"
-        device = self.ranks.device
-        mesh = self.ranks.mesh
-        counted = sum(b.num_targets for b in batches) if mesh.leads else 0  # the peers have the same rows
-        num_targets = torch.tensor(counted, dtype=torch.float32, device=device)
-        torch.distributed.all_reduce(num_targets)
-        # DeepSpeed averages over the ranks with the same weights; a batch without any target has a loss of 0
-        normaliser = num_targets.clamp(min=1) / mesh.dpcp.size
-        summed = torch.zeros((), dtype=torch.float64, device=device)
+        device, mesh, objective = self.ranks.device, self.ranks.mesh, self.objective
+        counted = [
+            sum(part) if mesh.leads else 0 for part in zip(*map(objective.counts, batches))
+        ]  # peers: the same rows
+        counts = torch.tensor(counted, dtype=torch.float32, device=device)
+        torch.distributed.all_reduce(counts)
+        # DeepSpeed averages over the ranks with the same weights; a loss without any prediction is 0
+        normalisers = counts.clamp(min=1) / mesh.dpcp.size
+        summed = torch.zeros(len(counted), dtype=torch.float64, device=device)
         for index, batch in enumerate(batches):
             self._deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            out = self._forward(batch, num_targets=normaliser, z_loss=self.z_loss)
-            summed += out.cross_entropy.double()
+            loss, parts = self._losses(batch, normalisers)
+            summed += parts
             # a loss that is not finite must not leave finite gradients: the whole step is to be skipped
-            poison = torch.where(out.loss.detach().isfinite(), 1.0, float("nan"))
-            self._deepspeed.backward(out.loss * poison, scale_wrt_gas=False)
+            poison = torch.where(loss.detach().isfinite(), 1.0, float("nan"))
+            self._deepspeed.backward(loss * poison, scale_wrt_gas=False)
         return summed
+
+    def _losses(self, batch: Batch, normalisers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is minimised of a micro batch, and the objective's summed losses."""
+        if not self.objective.needs_token_losses:
+            out = self._forward(batch, num_targets=normalisers[0], z_loss=self.z_loss)
+            return out.loss, out.cross_entropy.double()[None]
+        batch = batch.to(self.ranks.device)
+        out = self._forward(batch, token_losses=True)
+        parts = torch.stack(self.objective.losses(out.token_losses, batch))
+        weights = parts.new_tensor(self.objective.weights)
+        return (parts * weights / normalisers).sum(), parts.detach().double()
 
     def step(self, lr_factor: float) -> Update:
         """Clips, updates the weights unless the gradient of some rank is not finite, and forgets the gradient."""
@@ -130,7 +145,7 @@ class Engine:
         """This rank's part of the batch's summed cross-entropy, in nats: a float64 scalar on the device."""
         self.module.eval()
         try:
-            return self._forward(batch, num_targets=1, z_loss=0.0).cross_entropy.double()
+            return self._forward(batch, num_targets=1).cross_entropy.double()
         finally:
             self.module.train()
 
@@ -226,6 +241,7 @@ class Engine:
             methods = self.parallel.linear, self.parallel.attention
             options["context"] = Context.of_rows(cp, rows, length, batch.cu_seqlens.tolist(), device, *methods)
             batch = batch.shard(cp.share(length)).to(device)
+        options |= self.objective.model_inputs(batch)
         return self._deepspeed(input_ids=batch.input_ids, targets=batch.targets, **options)
 
     def _save_file(self, state_dict: Any, path: str) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 from riverrun.train.config import Recipe
 from riverrun.train.data.loader import PackedLoader
 from riverrun.train.data.mixture import Mixture
-from riverrun.train.data.packing import Batch, PackedRows, collate
+from riverrun.train.data.packing import Batch, PackedRows
 from riverrun.train.data.store import TokenStore
 from riverrun.train.data.tokenizer import Tokenizer, load_tokenizer
 from riverrun.train.distributed import Ranks
+from riverrun.train.objectives import make_objective
+from riverrun.train.objectives.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,12 @@ class HeldOut:
     source: PackedRows
     rows: range
     micro_batch_size: int
+    objective: Objective
 
     def batches(self) -> Iterator[Batch]:
         for start in range(0, len(self.rows), self.micro_batch_size):
-            yield collate([self.source[i] for i in self.rows[start : start + self.micro_batch_size]])
+            part = self.rows[start : start + self.micro_batch_size]
+            yield self.objective.held_out_batch([self.source[i] for i in part])
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Inputs:
     fingerprints: of every store, by path: a run resumes on the same data only.
     """
 
+    objective: Objective
     train: PackedLoader
     held_out: HeldOut | None
     bytes_per_token: float
@@ -66,8 +71,10 @@ def open_inputs(recipe: Recipe, ranks: Ranks, before: dict[str, str] | None) -> 
 
     rows = [PackedRows(stores[source.path], data.seq_len) for source in data.train]
     weights = [source.weight for source in data.train]
+    objective = make_objective(recipe, tokenizer)
     loader = PackedLoader(
         Mixture(rows, weights, train.seed),
+        objective.batch,
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
         dp_rank=ranks.mesh.dp.rank,
@@ -79,8 +86,11 @@ def open_inputs(recipe: Recipe, ranks: Ranks, before: dict[str, str] | None) -> 
     if data.held_out:
         source = PackedRows(stores[data.held_out], data.seq_len)
         total = min(train.eval_rows, len(source))
-        held_out = HeldOut(source, range(ranks.mesh.dp.rank, total, ranks.mesh.dp.size), train.micro_batch_size)
+        held_out = HeldOut(
+            source, range(ranks.mesh.dp.rank, total, ranks.mesh.dp.size), train.micro_batch_size, objective
+        )
     return Inputs(
+        objective,
         loader,
         held_out,
         sum(share * stores[s.path].bytes_per_token for share, s in zip(shares, data.train)),

@@ -153,7 +153,7 @@ class Trainer:
         shapes = {name: p.shape for name, p in whole.named_parameters()}
         model.universal_checkpoint_info = universal.description(plan, shapes, ranks.mesh.tp.size)  # type: ignore[assignment]
         self.engine = engines.Engine(
-            model, recipe.optimizer, recipe.train, recipe.engine, ranks, accumulation, recipe.parallel
+            model, recipe.optimizer, recipe.train, recipe.engine, ranks, accumulation, recipe.parallel, inputs.objective
         )
         same = True
         if start.checkpoint is not None:
@@ -221,16 +221,17 @@ class Trainer:
     def _step(self, batches: list[Any]) -> int:
         """One optimiser step. Returns the signal that any rank received, or 0."""
         factor = lr_factor(self.recipe.schedule, self.step, self.recipe.train.steps)
+        objective, leads = self.inputs.objective, self.ranks.mesh.leads
         summed = self.engine.accumulate(batches)
-        targets = sum(batch.num_targets for batch in batches) if self.ranks.mesh.leads else 0
+        counts = [sum(part) if leads else 0 for part in zip(*map(objective.counts, batches))]
         received = self.interrupt.signal
-        loss, targets, *signals = self.ranks.total(
-            summed.item(), targets, received == signal.SIGINT, received == signal.SIGTERM
-        )
+        totals = self.ranks.total(*summed.tolist(), *counts, received == signal.SIGINT, received == signal.SIGTERM)
+        losses = dict(zip(objective.names, zip(totals, totals[len(counts) :])))
+        signals = totals[-2:]
         update = self.engine.step(factor)
         self.step += 1
         assert self.engine.global_steps == self.step
-        self.window.add(loss, targets, update.skipped)
+        self.window.add(losses, update.skipped)
         self.last_update, self.last_factor = update, factor
         self.clock.count(self.recipe.train.global_batch_size * self.recipe.data.seq_len)
         try:
@@ -244,7 +245,7 @@ class Trainer:
 
     def _record(self) -> None:
         self.window.add_solves()
-        loss, window = self.window.loss(), self.window
+        losses, window = self.window.means(), self.window
         self.window = metrics.Window()
         # every rank has the same layers, so that all of them take part or none does
         solves = metrics.merge_solves(*self.ranks.gather(window.solves)) if window.solves else {}
@@ -252,7 +253,7 @@ class Trainer:
             return
         speed = self.clock.tokens_per_second()
         device_speed = speed / self.ranks.world_size
-        update = self.last_update
+        update, loss = self.last_update, losses.pop("loss", None)
         self._write(
             {
                 "kind": "train",
@@ -260,6 +261,7 @@ class Trainer:
                 "tokens": self._tokens(),
                 "loss": loss,
                 "bits_per_byte": self._bits(loss, self.inputs.bytes_per_token),
+                **losses,
                 "lr": self.last_factor * self.recipe.optimizer.lr,
                 "grad_norm": None if update.skipped else update.grad_norm,
                 "tokens_per_second": speed,

@@ -57,26 +57,25 @@ def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
 class Window:
     """Sums over the steps since the last record. It is in checkpoints, so that records do not depend on resumes."""
 
-    cross_entropy: float = 0.0
-    targets: float = 0.0
+    losses: dict[str, list[float]] = field(default_factory=dict)  # of the objective: sum and count of each
     skipped: int = 0
     solves: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the nonlinear recurrences, by op
 
-    def add(self, cross_entropy: float, targets: float, skipped: bool) -> None:
-        """One step; the loss of a skipped one says nothing and is left out."""
+    def add(self, losses: dict[str, tuple[float, float]], skipped: bool) -> None:
+        """One step; the losses of a skipped one say nothing and are left out."""
         self.skipped += skipped
         if not skipped:
-            self.cross_entropy += cross_entropy
-            self.targets += targets
+            for name, found in losses.items():
+                self.losses[name] = [a + b for a, b in zip(self.losses.get(name, (0.0, 0.0)), found)]
 
     def add_solves(self) -> None:
         """What the solvers counted since the last call."""
         taken = {op: vars(statistics) for op, statistics in take_statistics().items()}
         self.solves = merge_solves(self.solves, taken)
 
-    def loss(self) -> float | None:
-        """Nats per token; None if every step was skipped."""
-        return self.cross_entropy / self.targets if self.targets else None
+    def means(self) -> dict[str, float | None]:
+        """Nats per prediction of each loss; None where nothing counted."""
+        return {name: value / count if count else None for name, (value, count) in self.losses.items()}
 
 
 def merge_solves(*parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

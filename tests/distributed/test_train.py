@@ -18,7 +18,7 @@ def trained(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"world{request.param}")
     codes = run(workers.train_tiny, folder, world=request.param, log=folder / "log")
     assert set(codes) == {0}, workers.read(folder / "log")
-    return {case: torch.load(folder / f"{case}.pt", weights_only=True) for case in [*CASES, "accumulation"]}
+    return {case: torch.load(folder / f"{case}.pt", weights_only=True) for case in [*CASES, "accumulation", "halves"]}
 
 
 def plain_torch(optimizer, dtype, stage):
@@ -101,6 +101,23 @@ def test_the_engine_trains_as_plain_torch_does(trained, case, monkeypatch):
     assert got["losses"] == pytest.approx(want["losses"], abs=losses)
     assert got["norms"] == pytest.approx(want["norms"], abs=5 * losses)
     assert got["held_out"] == pytest.approx(want["held_out"], rel=losses)
+
+
+def test_every_loss_of_an_objective_is_a_mean_over_the_global_batch(trained):
+    """Micro batches and ranks have other shares of each loss's predictions."""
+    model = Tiny()
+    parts = [workers.halved(batch) for batch in batches(0)]
+    sums = [torch.zeros(()), torch.zeros(())]
+    for part in parts:
+        losses = model(part.input_ids, part.targets, token_losses=True, late=part.extra["late"]).token_losses
+        sums = [a + b for a, b in zip(sums, workers.Halves().losses(losses, part))]
+    counts = [sum(part) for part in zip(*map(workers.Halves().counts, parts))]
+    assert counts[0] > 0 and counts[0] != counts[1]
+    total = sum(weight * value / count for weight, value, count in zip((1.0, 0.25), sums, counts))
+    norm = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(model.parameters()))]).norm().item()
+    for stage, got in trained["halves"].items():
+        assert got["sums"] == pytest.approx([value.item() for value in sums], rel=1e-5), stage
+        assert got["norm"] == pytest.approx(norm, rel=1e-5), stage
 
 
 def test_gradients_are_accumulated_in_fp32(trained):

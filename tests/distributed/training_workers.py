@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +33,7 @@ from riverrun.train import engine as engines
 from riverrun.train.config import EngineConfig, OptimizerConfig, Recipe, TrainConfig
 from riverrun.train.data.packing import Batch
 from riverrun.train.inputs import Inputs
+from riverrun.train.objectives.objective import Objective
 from riverrun.train.shards import Shards
 
 VOCAB, WIDTH, ROWS, LENGTH, MICRO_BATCHES, STEPS = 32, 16, 2, 9, 4, 4
@@ -105,6 +106,7 @@ def _rank(function, args, rank, world, cp, tp, port, log):
 class Output(ModelOutput):
     loss: torch.Tensor | None = None
     cross_entropy: torch.Tensor | None = None
+    token_losses: torch.Tensor | None = None
 
 
 class Scale(nn.Module):
@@ -134,12 +136,16 @@ class Tiny(nn.Module):
     def get_output_embeddings(self):
         return self.head
 
-    def forward(self, input_ids, targets, cu_seqlens=None, num_targets=None, z_loss=0.0):
+    def forward(self, input_ids, targets, cu_seqlens=None, num_targets=None, z_loss=0.0, token_losses=False, late=None):
         x = self.emb(input_ids)
         gate, up = project(self.norm(x), self.gate, self.up)
         x = x + self.down(F.silu(gate) * up)
         x = self.scale(self.conv(x.mT).mT)
         logits = self.head(x).float().flatten(0, 1)
+        if token_losses:
+            assert late is not None and late.shape == targets.shape
+            ce = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="none")
+            return Output(token_losses=ce.view(targets.shape))
         ce = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
         z = z_loss * (torch.logsumexp(logits, -1).square() * (targets.flatten() != -100)).sum()
         return Output((ce + z) / num_targets, ce.detach())
@@ -161,6 +167,39 @@ def batches(step, number=MICRO_BATCHES):
         labels[:, : 2 * (number - index) - 1] = -100
         out.append(batch(tokens[:, :-1], labels))
     return out
+
+
+class Halves(Objective):
+    """Early and late predictions of a row, each with a mean and a weight of its own."""
+
+    names, weights = ("loss", "late"), (1.0, 0.25)
+
+    def counts(self, batch):
+        late = int(((batch.targets != -100) & batch.extra["late"]).sum())
+        return batch.num_targets - late, late
+
+    def model_inputs(self, batch):
+        return {"late": batch.extra["late"]}
+
+    def losses(self, token_losses, batch):
+        late = batch.extra["late"]
+        return token_losses[~late].sum(), token_losses[late].sum()
+
+
+def halved(batch):
+    late = (torch.arange(LENGTH) >= LENGTH // 2 + 1).expand(batch.targets.shape)
+    return replace(batch, extra={"late": late})
+
+
+def train_halves(ranks: distributed.Ranks, stage: int) -> dict[str, Any]:
+    """A step with two losses."""
+    accumulation = MICRO_BATCHES // ranks.world_size
+    mine = [halved(b) for b in batches(0)[ranks.rank * accumulation : (ranks.rank + 1) * accumulation]]
+    train = TrainConfig(micro_batch_size=ROWS, dtype="fp32")
+    optimizer, engine = OptimizerConfig(lr=LR), EngineConfig(zero_stage=stage)
+    trained = engines.Engine(Tiny(), optimizer, train, engine, ranks, accumulation, objective=Halves())
+    sums = ranks.total(*trained.accumulate(mine).tolist())
+    return {"sums": sums, "norm": trained.step(1.0).grad_norm}
 
 
 def train_tiny(ranks: distributed.Ranks, folder: Path) -> None:
@@ -194,6 +233,9 @@ def train_tiny(ranks: distributed.Ranks, folder: Path) -> None:
     norms_of_sums = {stage: accumulate_many(ranks, stage) for stage in (1, 2)}
     if ranks.rank == 0:
         torch.save(norms_of_sums, folder / "accumulation.pt")
+    halves = {stage: train_halves(ranks, stage) for stage in (1, 2, 3)}
+    if ranks.rank == 0:
+        torch.save(halves, folder / "halves.pt")
 
 
 def accumulate_many(ranks: distributed.Ranks, stage: int) -> tuple[float, float, float]:
@@ -328,7 +370,7 @@ def train_run(
             checkpoint._sync_and_describe, Path.rename = describe, rename  # type: ignore[method-assign]
 
     checkpoint.save = faulty_save  # type: ignore[assignment]
-    inputs = Inputs(data, HeldOut(data), 4.0, 4.0, {"generated": "1"}, None)  # type: ignore[arg-type]
+    inputs = Inputs(Objective(), data, HeldOut(data), 4.0, 4.0, {"generated": "1"}, None)  # type: ignore[arg-type]
     loop.open_inputs = lambda *_: inputs  # type: ignore[assignment]
     outcome = loop.run(config, run_dir, resume, ranks)
     print(outcome.message)

@@ -22,11 +22,12 @@ def test_a_resume_drops_later_records_and_a_torn_line(tmp_path):
 
 def test_the_window_weighs_by_targets_and_leaves_skipped_steps_out():
     window = metrics.Window()
-    assert window.loss() is None
-    window.add(30.0, 10, False)
-    window.add(float("nan"), 10, True)
-    window.add(10.0, 30, False)
-    assert window.loss() == 1.0 and window.skipped == 1
+    assert window.means() == {}
+    window.add({"loss": (30.0, 10), "other": (0.0, 0)}, False)
+    assert window.means() == {"loss": 3.0, "other": None}
+    window.add({"loss": (float("nan"), 10), "other": (9.0, 1)}, True)
+    window.add({"loss": (10.0, 30), "other": (4.0, 8)}, False)
+    assert window.means() == {"loss": 1.0, "other": 0.5} and window.skipped == 1
     assert metrics.Window(**json.loads(json.dumps(vars(window)))) == window
 
 

@@ -1,8 +1,9 @@
 """The batches of every step, the same for any number of ranks, and known without reading the steps before."""
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from riverrun.train.data.packing import Batch, Row, collate
+from riverrun.train.data.packing import Batch, Row
 
 
 class Samples(Protocol):
@@ -18,6 +19,7 @@ class PackedLoader:
     batches. Resuming is asking for a later step.
 
     Args:
+        collate: (rows, their samples' numbers, step) → a micro batch.
         balance: attention's cost depends on the lengths of a row's documents, and the ranks of a step wait for the
             slowest: deal the step's rows to them by that cost, in turns from both sides, so that sums are even, and
             costly rows fall into the same micro batch everywhere. Otherwise a rank's rows are neighbours.
@@ -29,6 +31,7 @@ class PackedLoader:
     def __init__(
         self,
         samples: Samples,
+        collate: Callable[[Sequence[Row], Sequence[int], int], Batch],
         *,
         global_batch_size: int,
         micro_batch_size: int,
@@ -41,7 +44,7 @@ class PackedLoader:
                 f"a global batch of {global_batch_size} rows does not divide into micro batches of "
                 f"{micro_batch_size} on {dp_size} ranks"
             )
-        self.samples = samples
+        self.samples, self.collate = samples, collate
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.dp_rank, self.dp_size, self.balance = dp_rank, dp_size, balance
 
@@ -49,7 +52,7 @@ class PackedLoader:
         """This rank's micro batches of optimiser step `step`, counted from 0."""
         rows = self._rows(step)
         parts = (rows[start : start + self.micro_batch_size] for start in range(0, len(rows), self.micro_batch_size))
-        return [collate([self.samples[i] for i in part]) for part in parts]
+        return [self.collate([self.samples[i] for i in part], part, step) for part in parts]
 
     def _rows(self, step: int) -> list[int]:
         rows = range(step * self.global_batch_size, (step + 1) * self.global_batch_size)

@@ -1,6 +1,7 @@
 """Fixed-length rows cut from a store's documents laid end to end, with the documents' bounds."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -34,22 +35,26 @@ class Batch:
         targets: (B, T) int64, IGNORED where there is no loss.
         cu_seqlens: (S + 1,) int32 bounds of the sequences in the flattened B·T tokens; rows begin sequences.
         num_targets: targets that have a loss.
+        extra: what else an objective needs, (B, T) each.
     """
 
     input_ids: torch.Tensor
     targets: torch.Tensor
     cu_seqlens: torch.Tensor
     num_targets: int
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def shard(self, tokens: slice) -> "Batch":
         """Some tokens of every row; the bounds stay those of whole rows, and so does the number of targets."""
-        return replace(self, input_ids=self.input_ids[:, tokens], targets=self.targets[:, tokens])
+        extra = {name: value[:, tokens] for name, value in self.extra.items()}
+        return replace(self, input_ids=self.input_ids[:, tokens], targets=self.targets[:, tokens], extra=extra)
 
     def to(self, device: torch.device | str) -> "Batch":
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=True)
 
-        return Batch(move(self.input_ids), move(self.targets), move(self.cu_seqlens), self.num_targets)
+        extra = {name: move(value) for name, value in self.extra.items()}
+        return Batch(move(self.input_ids), move(self.targets), move(self.cu_seqlens), self.num_targets, extra)
 
 
 class PackedRows:
@@ -92,7 +97,7 @@ class PackedRows:
         return self.store.document_starts(start + 1, start + self.seq_len + 1) - start
 
 
-def collate(rows: list[Row]) -> Batch:
+def collate(rows: Sequence[Row]) -> Batch:
     """Rows of equal length as one micro batch."""
     length = len(rows[0].input_ids)
     bounds = [np.concatenate([[0], row.starts]) + i * length for i, row in enumerate(rows)]

@@ -1,6 +1,7 @@
 """The training order: every row once an epoch, the same for any number of ranks, known at any step."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,14 +113,19 @@ def test_a_vanishing_weight_is_refused(store):
         Mixture([rows, rows], [1.0, 1e-6], seed=0)
 
 
+def together(rows, numbers, step):
+    batch = collate(rows)
+    return replace(batch, extra={"number": torch.tensor(numbers), "step": torch.full((len(rows),), step)})
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("micro", [1, 2])
 def test_order_does_not_depend_on_ranks_or_micro_batches(store, ranks, micro):
     mixture = Mixture([PackedRows(store, 7)], [1.0], seed=2)
-    whole = PackedLoader(mixture, global_batch_size=8, micro_batch_size=8)
+    whole = PackedLoader(mixture, together, global_batch_size=8, micro_batch_size=8)
     loaders = [
         PackedLoader(
-            Mixture([PackedRows(store, 7)], [1.0], seed=2),
+            Mixture([PackedRows(store, 7)], [1.0], seed=2), together,
             global_batch_size=8, micro_batch_size=micro, dp_rank=r, dp_size=ranks,
         )
         for r in range(ranks)
@@ -131,6 +137,8 @@ def test_order_does_not_depend_on_ranks_or_micro_batches(store, ranks, micro):
         assert torch.equal(torch.cat([p.input_ids for p in parts]), expected.input_ids)
         assert torch.equal(torch.cat([p.targets for p in parts]), expected.targets)
         assert sum(p.num_targets for p in parts) == expected.num_targets
+        assert torch.cat([p.extra["number"] for p in parts]).tolist() == [*range(8 * step, 8 * step + 8)]
+        assert all((p.extra["step"] == step).all() for p in parts)
 
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 4), (2, 2), (4, 1)])
@@ -138,7 +146,9 @@ def test_all_ranks_together_see_every_row_once_an_epoch(store, ranks, micro):
     rows = PackedRows(store, 7)
     n = len(rows)
     loaders = [
-        PackedLoader(Mixture([rows], [1.0], 9), global_batch_size=4, micro_batch_size=micro, dp_rank=r, dp_size=ranks)
+        PackedLoader(
+            Mixture([rows], [1.0], 9), together, global_batch_size=4, micro_batch_size=micro, dp_rank=r, dp_size=ranks
+        )
         for r in range(ranks)
     ]
     seen = torch.cat([b.input_ids for step in range(n) for loader in loaders for b in loader.step(step)])
@@ -152,7 +162,7 @@ def test_rows_are_dealt_by_the_lengths_of_their_documents(store, ranks, micro):
     def loaders(balance):
         options = {"global_batch_size": 32, "micro_batch_size": micro, "dp_size": ranks, "balance": balance}
         mixture = Mixture([PackedRows(store, 16)], [1.0], 3)
-        return [PackedLoader(mixture, **options, dp_rank=r) for r in range(ranks)]
+        return [PackedLoader(mixture, together, **options, dp_rank=r) for r in range(ranks)]
 
     def cost(batch):
         return sum(length**2 for length in batch.cu_seqlens.diff().tolist())
@@ -176,6 +186,6 @@ def test_pairs_are_those_of_the_batch(store):
 def test_impossible_splits_and_short_stores_are_refused(store):
     rows = PackedRows(store, 7)
     with pytest.raises(ValueError, match="does not divide into micro batches of 3"):
-        PackedLoader(Mixture([rows], [1.0], seed=0), global_batch_size=8, micro_batch_size=3)
+        PackedLoader(Mixture([rows], [1.0], seed=0), together, global_batch_size=8, micro_batch_size=3)
     with pytest.raises(ValueError, match="less than one row"):
         PackedRows(store, 10_000)
