@@ -257,11 +257,12 @@ def block_footprint(options: ModelOptions, mixer: str, tp: int, dtype: torch.dty
         ValueError: the model's sizes do not divide among `tp` ranks.
     """
     single, row = replace(options, num_hidden_layers=1, layer_pattern=(mixer,)), TOKENS // tp * tp
+    single = replace(single, attention=replace(options.attention, window=None))  # flash kernels save the same in one
     passes, kept, entered = [], [], []
     for rows in (1, 2):
         with _fakes():
             block = _shard(single, tp, dtype).model.layers[0]
-            layout = _layout(options, rows, row, dtype)
+            layout = _layout(single, rows, row, dtype)
             shape = (rows, row, options.hidden_size) if tp == 1 else (rows * row // tp, options.hidden_size)
             passes.append(_run(partial(block, layout=layout), shape, dtype))
         kept.append(passes[-1][2])
@@ -370,8 +371,10 @@ def _free_gradients(*params: nn.Parameter) -> None:
 
 
 def _layout(options: ModelOptions, rows: int, length: int, dtype: torch.dtype) -> Layout:
-    """Rows of one document each: all mixers save the same for packed ones."""
+    """Rows of one document each: all mixers save the same for packed ones. What can be read as a prefix is."""
     layout = Layout.of_rows((rows, length), torch.zeros(rows, dtype=torch.int64))
+    if options.reads_prefix:
+        layout.prefix = torch.ones(rows, length, dtype=torch.bool)
     if options.attention.rope:
         layout.rope = rotary_tables(layout.positions, options.attention.head_dim, options.attention.rope_theta, dtype)
     return layout

@@ -45,7 +45,7 @@ class ShortConv(nn.Module):
         """x (B, T, dim), flattened if packed; reads and writes the tail `states[name]` (B, kernel − 1, dim)."""
         if layout.context is not None:
             return context_conv1d(layout.context, x, self.weight, self.bias, "silu")
-        initial = states.get(name) if states is not None and layout.cu_seqlens is None else None
+        initial = layout.initial(states, name)
         x, tail = causal_conv1d(
             x, self.weight, self.bias, activation="silu", initial_state=initial, cu_seqlens=layout.cu_seqlens
         )

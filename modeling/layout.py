@@ -1,5 +1,6 @@
 """How the tokens of a (B, T) batch form sequences, and what the mixers derive from it once a forward pass."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,8 @@ class Layout:
             there are no cached ones, or one new token looks at everything.
         context: where this is a shard of longer rows, what joins it to the other ranks'; `cu_seqlens` and `sequence`
             are then of its pieces of documents, and `positions` count from their documents' starts.
+        prefix: (B, T) bool, the tokens that are read without causality, the first ones of each row and of its
+            sequences; None: none. Only prefix linear attention heeds it.
     """
 
     shape: tuple[int, int]
@@ -33,6 +36,7 @@ class Layout:
     rope: tuple[torch.Tensor, torch.Tensor] | None = None
     mask: torch.Tensor | None = None
     context: Context | None = None
+    prefix: torch.Tensor | None = None
 
     def flatten(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, …) → (1, B·T, …) if the batch is packed."""
@@ -45,6 +49,15 @@ class Layout:
     def last(self, state: torch.Tensor) -> torch.Tensor:
         """(S, …) final states of all sequences → (B, …) those of each row's last sequence."""
         return state if self.sequence is None else state[self.sequence[:, -1]]
+
+    def initial(self, states: Mapping[str, torch.Tensor] | None, name: str) -> torch.Tensor | None:
+        """What the sequences start from, by the rows' states (B, …) of that name: (S, …), zeros for all but each row's
+        first; None: zeros for all."""
+        state = None if states is None else states.get(name)
+        if state is None or self.sequence is None or self.cu_seqlens is None:
+            return state
+        first = self.sequence[:, 0]
+        return state.new_zeros(len(self.cu_seqlens) - 1, *state.shape[1:]).index_copy(0, first, state)
 
     @classmethod
     def of_rows(cls, shape: tuple[int, int], start: torch.Tensor) -> "Layout":

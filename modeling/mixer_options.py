@@ -151,6 +151,32 @@ class GatedDeltaOptions(_DecayOptions):
 
 
 @dataclass(frozen=True)
+class PrefixLinearAttentionOptions:
+    """Prefix linear attention (JRT-RNN, arXiv 2407.05483): a prefix may be read without causality."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    num_heads: int = 0  # hidden_size / head_dim
+    head_dim: int = 64  # of the values
+    feature_dim: int = 16  # d: of queries and keys, before their second-order features; the kernels take up to 21
+    encoder: bool = True  # keys and values of a prefix; False: causal linear attention, as in Based (2402.18668)
+    chunk_size: int = 64
+
+    @property
+    def num_features(self) -> int:
+        return 1 + self.feature_dim + self.feature_dim * (self.feature_dim + 1) // 2
+
+    def resolve(self, hidden_size: int) -> "PrefixLinearAttentionOptions":
+        return replace(self, num_heads=self.num_heads or max(1, hidden_size // max(1, self.head_dim)))
+
+    def tp_problems(self, hidden_size: int, tp: int) -> list[str]:
+        return _not_shared("prefix_linear_attention.num_heads", self.num_heads, tp)
+
+    def problems(self, hidden_size: int) -> list[str]:
+        return _positive("prefix_linear_attention", self, "num_heads", "head_dim", "feature_dim", "chunk_size")
+
+
+@dataclass(frozen=True)
 class _ParaOptions:
     """What the two ParaRNN cells (arXiv 2510.21450) share."""
 
@@ -304,6 +330,7 @@ MixerOptions = (
     | LSTMOptions
     | GRUOptions
     | ElmanOptions
+    | PrefixLinearAttentionOptions
 )
 
 OPTIONS: dict[str, type] = {
@@ -316,6 +343,7 @@ OPTIONS: dict[str, type] = {
     "lstm": LSTMOptions,
     "gru": GRUOptions,
     "elman": ElmanOptions,
+    "prefix_linear_attention": PrefixLinearAttentionOptions,
 }
 
 

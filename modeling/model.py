@@ -1,7 +1,9 @@
 """`RiverrunForCausalLM`: embedding, blocks, head. The model that trains is the model that is saved."""
 
 import math
+from collections import UserDict, UserList
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from riverrun.modeling.cache import RiverrunCache
 from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.layers import RMSNorm
 from riverrun.modeling.layout import Layout, rotary_tables
-from riverrun.modeling.mixers import MIXERS
+from riverrun.modeling.mixers import MIXERS, States
 from riverrun.modeling.parallel.context import Context
 from riverrun.modeling.parallel.loss import sharded_cross_entropy, sharded_embedding
 from riverrun.modeling.parallel.mesh import ALONE, Axis
@@ -28,10 +30,12 @@ class CausalLMOutput(CausalLMOutputWithPast):
     Attributes:
         cross_entropy: summed next-token cross-entropy in nats, without z-loss, detached.
         token_losses: (B, T) that of every prediction, 0 where there is no target, if they were asked for.
+        states: of every layer after the rows' last tokens, by name (B, …), detached, if states were given.
     """
 
     cross_entropy: torch.Tensor | None = None
     token_losses: torch.Tensor | None = None
+    states: list[States] | None = None
 
 
 class RiverrunModel(nn.Module):
@@ -47,8 +51,17 @@ class RiverrunModel(nn.Module):
         self.norm = RMSNorm(self.options.hidden_size, self.options.norm_eps)
         self.recompute = False
 
-    def forward(self, input_ids: torch.Tensor, layout: Layout, cache: RiverrunCache | None = None) -> torch.Tensor:
-        """input_ids (B, T) → hidden states (B, T, hidden_size) after the final norm; `cache` is updated in place.
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        layout: Layout,
+        cache: RiverrunCache | None = None,
+        states: UserList | None = None,
+    ) -> torch.Tensor:
+        """input_ids (B, T) → hidden states (B, T, hidden_size) after the final norm.
+
+        `cache` is updated in place. In training, `states` are what recurrent layers start the rows from, and are
+        replaced by those after them, detached; layers of attention have none.
 
         Under tensor parallelism they are (B·T / tp.size, hidden_size), of this rank's part of the tokens.
         """
@@ -60,6 +73,9 @@ class RiverrunModel(nn.Module):
         for i, block in enumerate(self.layers):
             if cache is not None:
                 x = block(x, layout, cache.layers[i])
+            elif states is not None and self.options.layers[i] != "attention":
+                x, after = self._carry(block, x, layout, states[i])
+                states[i] = {name: state.detach() for name, state in after.items()}
             elif self.recompute and self.training:
                 x = checkpoint(block, x, layout, use_reentrant=False)
             else:
@@ -67,6 +83,15 @@ class RiverrunModel(nn.Module):
         if cache is not None:
             cache.advance(layout.positions, layout.sequence)
         return self.norm(x)
+
+    def _carry(self, block: nn.Module, x: torch.Tensor, layout: Layout, before: States) -> tuple[torch.Tensor, States]:
+        """A block that starts from states: its output, and the states after the rows."""
+
+        def run(x: torch.Tensor) -> tuple[torch.Tensor, States]:
+            states: Any = UserDict(before)  # mixers write into theirs, and recomputing starts from `before` again
+            return block(x, layout, states), states.data
+
+        return checkpoint(run, x, use_reentrant=False) if self.recompute and self.training else run(x)
 
     def _prepare_attention(self, layout: Layout, cache: RiverrunCache | None, dtype: torch.dtype) -> None:
         """Rotary tables and the mask, once for all attention layers."""
@@ -115,6 +140,8 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
         z_loss: float = 0.0,
         token_losses: bool = False,
         context: Context | None = None,
+        states: list[States] | None = None,
+        prefix: torch.Tensor | int | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> CausalLMOutput | tuple:
@@ -136,6 +163,11 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
                 that several ranks share.
             context: the rows lie on several context-parallel ranks, and the tokens and targets given are this rank's
                 shard of them. In training and evaluation only; it takes the place of `cu_seqlens`.
+            states: of every layer, what each row's first document starts from, by the names that a cache has them by,
+                (B, …); an empty dictionary: zeros. Keys and values of attention are not among them: it sees the row.
+                In training only; the states after the rows are returned.
+            prefix: how many of each row's first tokens, padding counted, prefix linear attention reads without
+                causality: a number, or (B,) of them. They must all be in the first call of a cache. None or 0: none.
 
         Where several ranks share weights or rows, the loss is this rank's part: that of all is the sum over the ranks.
 
@@ -167,10 +199,18 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
             layout = Layout.of_shard(context)
         else:
             layout = self._layout(input_ids, attention_mask, cu_seqlens, cache)
-        hidden = self.model(input_ids, layout, cache)
+        if prefix is not None:
+            layout.prefix = self._prefix(prefix, input_ids, cache, context)
+        if states is not None:
+            assert cache is None and context is None, "states are what training keeps in place of a cache"
+        # DeepSpeed's stage 3 copies lists among arguments, and waits for gradients of tensors in lists and dicts there,
+        # which states do not get: hence UserList and UserDict
+        carried = None if states is None else UserList(states)
+        hidden = self.model(input_ids, layout, cache, carried)
+        states = None if carried is None else carried.data
 
         if token_losses:
-            return CausalLMOutput(token_losses=self._token_losses(hidden, targets))
+            return CausalLMOutput(token_losses=self._token_losses(hidden, targets), states=states)
         logits = loss = cross_entropy = None
         if targets is None:
             logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
@@ -189,6 +229,7 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=cache,  # type: ignore[arg-type]
             cross_entropy=cross_entropy,
+            states=states,
         )
         return result.to_tuple() if return_dict is False else result
 
@@ -212,6 +253,27 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
                 return Layout.of_left_padded(new)
         start = input_ids.new_zeros(B) if fresh else cache.next_position
         return Layout.of_rows((B, T), start)
+
+    def _prefix(self, prefix, input_ids, cache, context) -> torch.Tensor | None:
+        """`Layout.prefix`; see `forward`."""
+        B, T = input_ids.shape
+        longest = prefix if isinstance(prefix, int) else int(prefix.max())
+        if longest == 0:
+            return None
+        if not self.config.options.reads_prefix:
+            raise ValueError(
+                "no layer of this model can read a prefix: leave `prefix` out, or build one with layers of "
+                "prefix_linear_attention and its `encoder`"
+            )
+        if context is not None:
+            raise ValueError("rows that several ranks share (parallel.cp above 1) cannot have a prefix: set it to 0")
+        if (cache is not None and cache.seen) or longest > T:
+            raise ValueError(
+                f"a prefix must lie within the first call of a cache, and this call has {T} tokens after "
+                f"{0 if cache is None else cache.seen}: give the whole prefix at once, or a shorter one"
+            )
+        ends = prefix if isinstance(prefix, int) else prefix.to(input_ids.device)[:, None]
+        return (torch.arange(T, device=input_ids.device) < ends).expand(B, T)
 
     # training
 
@@ -262,11 +324,13 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
         return False  # generate() leaves the cache to `forward`
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids, past_key_values=None, attention_mask=None, use_cache=True, **kwargs
+        self, input_ids, past_key_values=None, attention_mask=None, use_cache=True, prefix=None, **kwargs
     ):
-        if past_key_values is not None:
+        fresh = past_key_values is None or past_key_values.seen == 0
+        if not fresh:
             input_ids = input_ids[:, past_key_values.seen :]
         return {
+            "prefix": prefix if fresh else None,
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,

@@ -14,6 +14,7 @@ from riverrun.modeling.mixer_options import (
     Mamba2Options,
     ParaGRUOptions,
     ParaLSTMOptions,
+    PrefixLinearAttentionOptions,
     SLSTMOptions,
 )
 
@@ -46,11 +47,17 @@ class ModelOptions:
     lstm: LSTMOptions = field(default_factory=LSTMOptions)
     gru: GRUOptions = field(default_factory=GRUOptions)
     elman: ElmanOptions = field(default_factory=ElmanOptions)
+    prefix_linear_attention: PrefixLinearAttentionOptions = field(default_factory=PrefixLinearAttentionOptions)
 
     @property
     def layers(self) -> tuple[str, ...]:
         """The mixer of every layer, in order."""
         return tuple(self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_hidden_layers))
+
+    @property
+    def reads_prefix(self) -> bool:
+        """Whether some layer can read a prefix without causality."""
+        return "prefix_linear_attention" in self.layer_pattern and self.prefix_linear_attention.encoder
 
     def resolve(self) -> "ModelOptions":
         """A copy with every derived size written in."""

@@ -3,6 +3,7 @@
 A checkpoint is a folder `RUN_DIR/checkpoints/step_XXXXXXXX` with
     zero/                DeepSpeed's files: weights, master weights and moments, a shard a rank
     rng/rank_XXXXX.pt    the states of the random number generators
+    states/XXXXX.pt      the recurrent states that a rank passes to its next step, under `train.state_passing`
     trainer.json         everything else that a resumed run continues from
     manifest.json        size and SHA-256 of every file above
 It is written under another name, synced to disk, and renamed once every rank is done. What a crash leaves half-written
@@ -29,6 +30,7 @@ from riverrun.train import engine as engines
 from riverrun.train.config import Recipe
 from riverrun.train.distributed import Ranks
 from riverrun.train.shards import Shards, Universal
+from riverrun.train.state_passing import FOLDER
 
 PARTIAL, ASIDE = ".partial", ".superseded"
 UNIVERSAL = "universal"  # the layout of a checkpoint that has none
@@ -100,6 +102,8 @@ def save(run_dir: Path, step: int, keep: int, engine: engines.Engine, state: dic
             _remove(partial)
             (partial / engines.TAG).mkdir(parents=True)
             (partial / "rng").mkdir()
+            if engine.states is not None:
+                (partial / FOLDER).mkdir()
 
     def write() -> None:
         engine.save(partial)
@@ -117,7 +121,7 @@ def save(run_dir: Path, step: int, keep: int, engine: engines.Engine, state: dic
             manifest = partial / "manifest.json"
             manifest.write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
             _sync(manifest)
-            for folder in (partial / engines.TAG, partial / "rng", partial):
+            for folder in (*(p for p in partial.iterdir() if p.is_dir()), partial):
                 _sync(folder)
             _remove(final)  # a damaged one of the same step
             partial.rename(final)
@@ -168,7 +172,7 @@ def restore(checkpoint: Path, engine: engines.Engine, recipe: Recipe, ranks: Ran
         engine.load(checkpoint)
         _set_rng_state(torch.load(checkpoint / "rng" / f"rank_{ranks.rank:05d}.pt", weights_only=True))
         return True
-    engine.adopt(_read(checkpoint), plan_of(recipe, ranks.mesh.tp.size))
+    engine.adopt(open_weights(checkpoint), plan_of(recipe, ranks.mesh.tp.size))
     random.seed(f"{recipe.train.seed} {state['step']} {ranks.rank}")
     np.random.seed(random.getrandbits(32))  # noqa: NPY002 - libraries may draw from it
     torch.manual_seed(random.getrandbits(63))
@@ -180,7 +184,8 @@ def plan_of(recipe: Recipe, tp: int) -> dict[str, Split | None]:
     return parameter_plan(meta_model(RiverrunConfig.from_options(recipe.model)), tp)
 
 
-def _read(checkpoint: Path) -> Shards | Universal:
+def open_weights(checkpoint: Path) -> Shards | Universal:
+    """The whole weights of a checkpoint of any layout, and what else there is of each parameter."""
     state = read_state(checkpoint)
     if state["layout"] == UNIVERSAL:
         return Universal(checkpoint / engines.TAG)
@@ -216,7 +221,7 @@ def load_weights(run_dir: Path, step: int | None = None) -> Mapping[str, torch.T
     Raises:
         ValueError: there is no such checkpoint, or it is damaged.
     """
-    return _read(find(run_dir, step))
+    return open_weights(find(run_dir, step))
 
 
 def find(run_dir: Path, step: int | None = None) -> Path:

@@ -31,6 +31,33 @@ class DataConfig(Section):
     verify: bool = True  # check all checksums of the stores at the start (rank 0 reads them whole); False: sizes only
 
 
+class DittoConfig(Section):
+    """Of `objective = "ditto"`, see `riverrun.train.objectives.ditto`."""
+
+    probability: Annotated[float, Field(gt=0, le=1)] = 0.5  # of a step being on repeated sentences
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.5  # λ: of a token's probability from one copy to the next
+    delimiters: list[str] = ["."]  # texts of the tokens that end sentences; found in the vocabulary of data.tokenizer
+    delimiter_ids: list[NonNegativeInt] | None = None  # the tokens themselves, in place of `delimiters`
+
+
+class JRTConfig(Section):
+    """Of `objective = "jrt"`, see `riverrun.train.objectives.jrt`."""
+
+    encoder_len: PositiveInt = 1024  # M: tokens of each row that are read without causality; the paper has half of them
+    mask_id: NonNegativeInt | None = None  # the token that stands for a masked one: none of the text's
+    mask_share: Annotated[float, Field(ge=0, lt=1)] = 0.15  # of the encoder's tokens
+    ntp_weight: PositiveFloat = 1.0  # w1: of the decoder's next tokens
+    mlm_weight: NonNegativeFloat = 0.25  # w2: of the encoder's masked tokens
+
+
+class StatePassingConfig(Section):
+    """What recurrent layers start a row from, see `riverrun.train.state_passing`."""
+
+    mode: Literal["off", "passing", "tbtt"] = "off"  # zeros; a row of the step before; the preceding rows of the text
+    probability: Annotated[float, Field(gt=0, le=1)] = 1.0  # of a row going on from there, and not from zeros
+    segment_rows: Annotated[int, Field(ge=2)] = 12  # tbtt only: rows read one after the other, before another place
+
+
 class TrainConfig(Section):
     steps: PositiveInt = 1000  # optimiser steps
     global_batch_size: PositiveInt = 64  # rows of data.seq_len tokens a step, over all ranks
@@ -40,7 +67,11 @@ class TrainConfig(Section):
     recompute: bool = False  # recompute each block's activations in the backward pass instead of storing them
     compile: bool = False  # torch.compile each block
     z_loss: NonNegativeFloat = 0.0  # weight of logsumexp² of the logits; 1e-4 to 1e-5 is usual
-    objective: Literal["lm"] = "lm"  # what is learned: the next token
+    objective: Literal["lm", "ditto", "jrt"] = "lm"  # what is learned: the next token; also not to repeat (DITTO); JRT
+    ditto: DittoConfig = DittoConfig()
+    jrt: JRTConfig = JRTConfig()
+    state_passing: StatePassingConfig = StatePassingConfig()
+    init_from: str | None = None  # a run, a checkpoint or an export whose weights a new run starts from
     log_every: PositiveInt = 10  # steps between records in metrics.jsonl; the loss is averaged over them
     eval_every: NonNegativeInt = 0  # steps between evaluations on data.held_out, from step 0 on; 0: only at the end
     eval_rows: PositiveInt = 64  # rows of data.seq_len tokens an evaluation reads
@@ -153,6 +184,9 @@ class Recipe(Section):
                 found.append(
                     f"train.z_loss belongs to train.objective='lm': set train.z_loss=0 for {train.objective!r}"
                 )
+        found += self._jrt_problems()
+        if train.state_passing.mode != "off":
+            found += self._state_passing_problems()
         if self.optimizer.name == "muon" and tp > 1:
             found.append("optimizer.name='muon' orthogonalises whole matrices: it needs parallel.tp=1, or use adamw")
         if schedule.warmup_steps >= train.steps:
@@ -191,6 +225,55 @@ class Recipe(Section):
                 f"data.held_out={self.data.held_out} is also in data.train: evaluate on a store that is not trained on"
             )
         return found + self.missing()
+
+    def _jrt_problems(self) -> list[str]:
+        jrt, model = self.train.jrt, self.model
+        if self.train.objective != "jrt":
+            if not model.reads_prefix:
+                return []
+            return [
+                f"train.objective={self.train.objective!r} never reads a prefix, so that the encoder of "
+                "prefix_linear_attention would not learn: set model.prefix_linear_attention.encoder=false, or "
+                "train.objective='jrt'"
+            ]
+        found = []
+        if not model.reads_prefix:
+            found.append(
+                "train.objective='jrt' needs layers that read a prefix: name prefix_linear_attention in "
+                "model.layer_pattern, with model.prefix_linear_attention.encoder=true"
+            )
+        if jrt.encoder_len >= self.data.seq_len:
+            found.append(
+                f"train.jrt.encoder_len={jrt.encoder_len} must be less than data.seq_len={self.data.seq_len}, whose "
+                f"rest is the decoder's: set train.jrt.encoder_len={self.data.seq_len // 2}"
+            )
+        if jrt.mask_id is None:
+            found.append("train.objective='jrt' needs train.jrt.mask_id: an id above the tokenizer's")
+        elif jrt.mask_id >= model.vocab_size:
+            found.append(
+                f"train.jrt.mask_id={jrt.mask_id} must be less than model.vocab_size={model.vocab_size}: "
+                f"set model.vocab_size={-(-(jrt.mask_id + 1) // 64) * 64}"
+            )
+        return found
+
+    def _state_passing_problems(self) -> list[str]:
+        found, mode = [], self.train.state_passing.mode
+        if not set(self.model.layer_pattern) - {"attention"}:
+            found.append(
+                f"train.state_passing.mode={mode!r} needs recurrent layers, and model.layer_pattern has none: set "
+                "it to 'off'"
+            )
+        if self.parallel.tp > 1 or self.parallel.cp > 1:
+            found.append(
+                f"train.state_passing.mode={mode!r} keeps the states of whole rows and layers on a rank: set "
+                "parallel.tp=1 and parallel.cp=1"
+            )
+        if self.train.objective != "lm":
+            found.append(
+                f"train.state_passing.mode={mode!r} belongs to train.objective='lm', whose rows are the text's: set "
+                f"it to 'off' for {self.train.objective!r}"
+            )
+        return found
 
     def _taps(self) -> list[int]:
         return [getattr(getattr(self.model, mixer), "conv_kernel", 1) for mixer in set(self.model.layer_pattern)]

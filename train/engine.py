@@ -36,6 +36,7 @@ from riverrun.train.distributed import Ranks
 from riverrun.train.objectives.objective import Objective
 from riverrun.train.quiet import quiet
 from riverrun.train.shards import MASTER, Shards, Universal
+from riverrun.train.state_passing import FOLDER, StateBuffer
 
 AUTO, NEXT_TOKEN = ParallelConfig(), Objective()
 TAG = "zero"  # the folder of DeepSpeed's files in a checkpoint
@@ -89,6 +90,12 @@ class Engine:
         muon = optimizer.name == "muon"
         self._eager = partial(torch.compiler.set_stance, "force_eager") if muon else contextlib.nullcontext
         self._save_error: Exception | None = None
+        self.states: StateBuffer | None = None
+        if train.state_passing.mode != "off":
+            assert ranks.mesh.tp.size == ranks.mesh.cp.size == 1
+            rows = accumulation * train.micro_batch_size
+            layers = len(model.model.layers)  # type: ignore[arg-type, union-attr]
+            self.states = StateBuffer(ranks.mesh.dp.rank * rows, rows, layers, ranks.device)
         with quiet():
             self._deepspeed = _build(model, optimizer, train, engine, ranks, accumulation, self.dtype)
             self._deepspeed.checkpoint_engine.save = self._save_file
@@ -113,17 +120,21 @@ class Engine:
         summed = torch.zeros(len(counted), dtype=torch.float64, device=device)
         for index, batch in enumerate(batches):
             self._deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            loss, parts = self._losses(batch, normalisers)
+            loss, parts = self._losses(batch, normalisers, index * len(batch.input_ids))
             summed += parts
             # a loss that is not finite must not leave finite gradients: the whole step is to be skipped
             poison = torch.where(loss.detach().isfinite(), 1.0, float("nan"))
             self._deepspeed.backward(loss * poison, scale_wrt_gas=False)
         return summed
 
-    def _losses(self, batch: Batch, normalisers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is minimised of a micro batch, and the objective's summed losses."""
+    def _losses(self, batch: Batch, normalisers: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is minimised of a micro batch, whose rows are those from `start` on of this rank, and the objective's
+        summed losses."""
         if not self.objective.needs_token_losses:
-            out = self._forward(batch, num_targets=normalisers[0], z_loss=self.z_loss)
+            options = {} if self.states is None else {"states": self.states.take(start, batch.carries)}
+            out = self._forward(batch, num_targets=normalisers[0], z_loss=self.z_loss, **options)
+            if self.states is not None:
+                self.states.put(start, out.states)
             return out.loss, out.cross_entropy.double()[None]
         batch = batch.to(self.ranks.device)
         out = self._forward(batch, token_losses=True)
@@ -155,7 +166,8 @@ class Engine:
         return self._deepspeed.global_steps
 
     def save(self, folder: Path) -> None:
-        """Writes this rank's part of weights and optimiser state to `folder/zero`, on every rank.
+        """Writes this rank's part of weights and optimiser state to `folder/zero`, on every rank, and the states that
+        it passes to `folder/states`, which must be there.
 
         Raises:
             OSError: on the ranks where writing failed; no rank is left waiting in a collective.
@@ -163,6 +175,8 @@ class Engine:
         self._save_error = None
         with quiet():
             self._deepspeed.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        if self.states is not None:
+            self._save_file(self.states.state(), str(folder / FOLDER / f"{self.ranks.rank:05d}.pt"))
         if self._save_error is not None:
             raise OSError(f"cannot write {folder / TAG}: {self._save_error}") from self._save_error
 

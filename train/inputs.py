@@ -2,17 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from riverrun.train import initial
 from riverrun.train.config import Recipe
 from riverrun.train.data.loader import PackedLoader
 from riverrun.train.data.mixture import Mixture
 from riverrun.train.data.packing import Batch, PackedRows
 from riverrun.train.data.store import TokenStore
+from riverrun.train.data.streams import Streams
 from riverrun.train.data.tokenizer import Tokenizer, load_tokenizer
 from riverrun.train.distributed import Ranks
 from riverrun.train.objectives import make_objective
 from riverrun.train.objectives.objective import Objective
+from riverrun.train.state_passing import Carries
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def open_inputs(recipe: Recipe, ranks: Ranks, before: dict[str, str] | None) -> 
         ranks.first(lambda: [TokenStore.open(path, verify=True) for path in paths] and None)
     stores = {path: TokenStore.open(path) for path in paths}
     tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
-    _check_vocabularies(recipe, stores, tokenizer)
+    origin = initial.tokenizer_of(train.init_from) if train.init_from is not None and before is None else None
+    _check_vocabularies(recipe, stores, tokenizer, origin)
     fingerprints = {path: store.fingerprint for path, store in stores.items()}
     changed = [path for path in paths if before is not None and before.get(path) not in (None, fingerprints[path])]
     if changed:
@@ -72,14 +75,22 @@ def open_inputs(recipe: Recipe, ranks: Ranks, before: dict[str, str] | None) -> 
     rows = [PackedRows(stores[source.path], data.seq_len) for source in data.train]
     weights = [source.weight for source in data.train]
     objective = make_objective(recipe, tokenizer)
+    passing = train.state_passing
+    samples: Mixture | Streams = Mixture(rows, weights, train.seed)
+    if passing.mode == "tbtt":
+        places = train.global_batch_size
+        samples = Streams(rows, weights, train.seed, places=places, length=passing.segment_rows)
+    streams = samples if isinstance(samples, Streams) else None
     loader = PackedLoader(
-        Mixture(rows, weights, train.seed),
+        samples,
         objective.batch,
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
         dp_rank=ranks.mesh.dp.rank,
         dp_size=ranks.mesh.dp.size,
-        balance="attention" in recipe.model.layers,  # nothing else takes longer for long documents
+        # nothing but attention takes longer for long documents; and rows that go on from states keep their places
+        balance="attention" in recipe.model.layers and passing.mode == "off",
+        carries=None if passing.mode == "off" else Carries(passing, train.seed, streams),
     )
     shares = [weight / sum(weights) for weight in weights]
     held_out = None
@@ -100,10 +111,14 @@ def open_inputs(recipe: Recipe, ranks: Ranks, before: dict[str, str] | None) -> 
     )
 
 
-def _check_vocabularies(recipe: Recipe, stores: dict[str, TokenStore], tokenizer: Any) -> None:
+def _check_vocabularies(
+    recipe: Recipe, stores: dict[str, TokenStore], tokenizer: Tokenizer | None, origin: Tokenizer | None
+) -> None:
     known = {path: (store.tokenizer_fingerprint, store.vocab_size) for path, store in stores.items()}
     if tokenizer is not None:
         known[f"data.tokenizer={recipe.data.tokenizer}"] = (tokenizer.fingerprint, tokenizer.vocab_size)
+    if origin is not None:
+        known[f"train.init_from={recipe.train.init_from}"] = (origin.fingerprint, origin.vocab_size)
     if len({fingerprint for fingerprint, _ in known.values()}) > 1:
         listing = "\n".join(f"  - {name}: tokenizer {f[:12]}, {size} tokens" for name, (f, size) in known.items())
         raise ValueError(

@@ -7,7 +7,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.model import RiverrunForCausalLM
 from riverrun.modeling.parallel.mesh import ALONE, Axis
 from riverrun.modeling.parallel.sharding import build_sharded, meta_model, parameter_plan
-from riverrun.train import checkpoint, metrics, plot, universal
+from riverrun.train import checkpoint, initial, metrics, plot, universal
 from riverrun.train import engine as engines
 from riverrun.train.config import Recipe
 from riverrun.train.distributed import Ranks
@@ -33,6 +33,7 @@ from riverrun.train.progress import Display
 from riverrun.train.recipe import to_toml
 from riverrun.train.resume import Start, check_space, find_start
 from riverrun.train.schedule import lr_factor
+from riverrun.train.state_passing import FOLDER
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,10 @@ def run(recipe: Recipe, run_dir: Path, resume: str, ranks: Ranks) -> Outcome:
     with Interrupt() as interrupt:
         start = ranks.first(lambda: find_start(run_dir, resume, recipe, _warn))
         inputs = open_inputs(recipe, ranks, start.state["stores"] if start.state else None)
-        model = build_model(recipe, ranks.mesh.tp)
+        weights = None
+        if (source := recipe.train.init_from) is not None and start.checkpoint is None:
+            weights = initial.read(ranks.first(lambda: initial.locate(source)), recipe.model)
+        model = build_model(recipe, ranks.mesh.tp, weights)
         trainer = Trainer(recipe, run_dir, ranks, model, inputs, start, accumulation, interrupt)
         try:
             return trainer.train()
@@ -109,13 +113,17 @@ def micro_batches(recipe: Recipe, dp_size: int) -> int:
     )
 
 
-def build_model(recipe: Recipe, tp: Axis = ALONE) -> RiverrunForCausalLM:
-    """Seeds the random number generators, then builds this rank's part of the model with its initial weights, in fp32
-    on the CPU: the same for a seed on any number of ranks and on every device."""
+def build_model(
+    recipe: Recipe, tp: Axis = ALONE, weights: Mapping[str, torch.Tensor] | None = None
+) -> RiverrunForCausalLM:
+    """Seeds the random number generators, then builds this rank's part of the model, in fp32 on the CPU, with its
+    initial weights: its part of those given, or else the same for a seed on any number of ranks and every device."""
     random.seed(recipe.train.seed)
     np.random.seed(recipe.train.seed)  # noqa: NPY002 - libraries still draw from the global generator
     torch.manual_seed(recipe.train.seed)
     model = build_sharded(RiverrunConfig.from_options(recipe.model), tp)
+    if weights is not None:
+        initial.adopt(model, weights, tp)
     model.train()
     model.set_recompute(recipe.train.recompute)
     if recipe.train.compile:
@@ -155,9 +163,11 @@ class Trainer:
         self.engine = engines.Engine(
             model, recipe.optimizer, recipe.train, recipe.engine, ranks, accumulation, recipe.parallel, inputs.objective
         )
-        same = True
+        same, stateless = True, False
         if start.checkpoint is not None:
             same = checkpoint.restore(start.checkpoint, self.engine, recipe, ranks)
+            states = self.engine.states
+            stateless = states is not None and not states.restore(start.checkpoint / FOLDER)
             assert self.engine.global_steps == start.step
             assert start.state is not None
             self.guard.restore(start.state["guard"])
@@ -171,8 +181,10 @@ class Trainer:
             self.dashboards = metrics.Dashboards(recipe.log, run_dir, recipe.model_dump(mode="json"), self.step)
             self.file = metrics.MetricsFile(run_dir / "metrics.jsonl", self.step)
             self.display = Display(True, recipe.train.steps, self.step)
-            where = f"from step {self.step} ({start.checkpoint})" if start.checkpoint else "from the beginning"
+            begin = f"from the weights of {recipe.train.init_from}" if recipe.train.init_from else "from the beginning"
+            where = f"from step {self.step} ({start.checkpoint})" if start.checkpoint else begin
             where += "" if same else ", resharded for this layout"
+            where += ", which has no recurrent states: rows start from zeros once" if stateless else ""
             self.display.say(
                 f"{recipe.name}: {parameters / 1e6:,.1f}M parameters, {recipe.train.dtype}, "
                 f"ZeRO-{recipe.engine.zero_stage} on {ranks.world_size} x {ranks.device.type} "

@@ -84,7 +84,8 @@ def unknown_key(path: Sequence[str | int], origin: str) -> Problem:
     near = near or [k for k in keys if k.rpartition(".")[2] == path[-1]]
     near = near or get_close_matches(key, keys, n=1, cutoff=0.85)
     if near:
-        fix = f"did you mean {' or '.join(near)}?"
+        *others, last = near
+        fix = f"did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
     else:
         fix = f"{f'[{table}]' if table else 'a recipe'} has {', '.join(siblings)}"
     return Problem(tuple(path), f"{key} ({origin}) is not a recipe key: {fix}", (key, *near))

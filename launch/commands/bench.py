@@ -19,8 +19,8 @@ def bench(
         str,
         typer.Argument(
             help="A kernel: para_gru, para_lstm, head_rnn, gated_delta, ssd, diagonal_scan, causal_conv1d, "
-            "gated_rms_norm or linear_cross_entropy; or a whole layer: mamba2_layer or gated_delta_layer; or mixers: "
-            "a layer of each mixer beside one of attention.",
+            "gated_rms_norm or linear_cross_entropy; or a whole layer: mamba2_layer or gated_delta_layer; "
+            "prefix_linear_attention beside attention; or mixers: a layer of each mixer beside one of attention.",
             show_default=False,
         ),
     ],

@@ -7,8 +7,9 @@ from riverrun.modeling.mixers.gated_delta import GatedDelta
 from riverrun.modeling.mixers.head_rnn import GRU, LSTM, SLSTM, Elman
 from riverrun.modeling.mixers.mamba2 import Mamba2
 from riverrun.modeling.mixers.para import ParaGRU, ParaLSTM
+from riverrun.modeling.mixers.prefix_linear_attention import PrefixLinearAttention
 
 __all__ = [
     "GRU", "LSTM", "MIXERS", "OPTIONS", "SLSTM", "Attention", "Elman", "GatedDelta", "Mamba2", "Mixer", "ParaGRU",
-    "ParaLSTM", "States", "register",
+    "ParaLSTM", "PrefixLinearAttention", "States", "register",
 ]  # fmt: skip

@@ -33,7 +33,8 @@ class Mixer(nn.Module, ABC):
         """x (B, T, hidden_size) → (B, T, hidden_size).
 
         `states` (None in training) holds the layer's states after the tokens before `x`, batch first; it is empty at
-        the start and is updated in place. A packed `layout` starts from zero states.
+        the start and is updated in place. In a packed `layout` they are those before each row's first sequence, and
+        afterwards those of its last.
         """
 
     @abstractmethod

@@ -63,8 +63,7 @@ class GatedDelta(Mixer):
         else:
             y, state = gated_delta(
                 q, k, v, beta, g, qk_l2norm=True, beta_max=beta_max,
-                initial_state=None if states is None or layout.cu_seqlens is not None else states.get("delta"),
-                cu_seqlens=layout.cu_seqlens, chunk_size=o.chunk_size,
+                initial_state=layout.initial(states, "delta"), cu_seqlens=layout.cu_seqlens, chunk_size=o.chunk_size,
             )  # fmt: skip
             if states is not None:
                 states["delta"] = layout.last(state)

@@ -62,8 +62,7 @@ class _HeadRNN(Mixer):
             return context_head_rnn(layout.context, gates, self.recurrent_weight, self.cell)
         h, state = head_rnn(
             gates, self.recurrent_weight, self.cell,
-            initial_state=None if states is None or layout.cu_seqlens is not None else states.get("cell"),
-            cu_seqlens=layout.cu_seqlens,
+            initial_state=layout.initial(states, "cell"), cu_seqlens=layout.cu_seqlens,
         )  # fmt: skip
         if states is not None:
             states["cell"] = layout.last(state)

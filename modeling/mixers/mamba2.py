@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from riverrun.kernels.ssd import ssd
+from riverrun.kernels.ssd.steps import step_sizes
 from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, init_decay
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import Mamba2Options
@@ -12,6 +13,7 @@ from riverrun.modeling.parallel.linear import context_ssd
 from riverrun.modeling.parallel.norm import sharded_rms_norm
 from riverrun.modeling.parallel.split import Plan
 from riverrun.modeling.projection import project
+from riverrun.modeling.state_control import StateControl
 
 
 @register("mamba2")
@@ -19,6 +21,7 @@ class Mamba2(Mixer):
     """z, x, B, C, dt are projections of their own; the norm acts on each of the G groups, after the gate."""
 
     context_parallel = True
+    state_control: StateControl | None = None  # in evaluation mode, see `riverrun.modeling.state_control`
 
     def __init__(self, options: Mamba2Options, hidden_size: int, norm_eps: float):
         super().__init__()
@@ -49,13 +52,17 @@ class Mamba2(Mixer):
         C = self._groups(self.C_conv(C, layout, states, "C_conv"))
         inputs = (x, dt, -at_least_fp32(self.A_log).exp(), B, C, at_least_fp32(self.D))
         dt_bias = at_least_fp32(self.dt_bias)
-        if layout.context is not None:
+        if self.state_control is not None and not self.training:
+            x, dt, A, B, C, D = inputs
+            y = self.state_control.ssd(
+                x, step_sizes(x, dt, dt_bias, True), A, B, C, D, layout=layout, states=states, chunk_size=o.chunk_size
+            )  # fmt: skip
+        elif layout.context is not None:
             y = context_ssd(layout.context, *inputs, dt_bias=dt_bias, chunk_size=o.chunk_size)
         else:
             y, state = ssd(
                 *inputs, dt_bias=dt_bias, dt_softplus=True,
-                initial_state=None if states is None or layout.cu_seqlens is not None else states.get("ssd"),
-                cu_seqlens=layout.cu_seqlens, chunk_size=o.chunk_size,
+                initial_state=layout.initial(states, "ssd"), cu_seqlens=layout.cu_seqlens, chunk_size=o.chunk_size,
             )  # fmt: skip
             if states is not None:
                 states["ssd"] = layout.last(state)

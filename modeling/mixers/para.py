@@ -77,8 +77,7 @@ class _ParaMixer(Mixer):
         if layout.context is not None:
             h = self.shared_cell(self.gates(u), layout.context)
         else:
-            initial = None if states is None or layout.cu_seqlens is not None else states.get("cell")
-            h, state = self.cell(self.gates(u), initial, layout.cu_seqlens)
+            h, state = self.cell(self.gates(u), layout.initial(states, "cell"), layout.cu_seqlens)
             if states is not None:
                 states["cell"] = layout.last(state)
         y = sharded_rms_norm(h, z, self.norm.weight, self.tp, eps=self.norm.eps, norm_before_gate=True)

@@ -10,7 +10,10 @@ from riverrun.modeling.parallel.sharding import meta_model, parameter_plan
 from tests.distributed import parity_workers
 from tests.modeling.parallel.sharded import SHAPES
 
-MIXERS = ["mamba2", "gated_delta", "para_gru", "para_lstm", "slstm", "lstm", "gru, elman", "attention"]
+MIXERS = [
+    "mamba2", "gated_delta", "para_gru", "para_lstm", "slstm", "lstm", "gru, elman", "prefix_linear_attention",
+    "attention",
+]  # fmt: skip
 LAYOUTS = [
     # world, cp, tp, ZeRO stage, accumulation, recompute
     (2, 1, 2, 1, 1, False),

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from riverrun.modeling.config import RiverrunConfig
-from riverrun.modeling.mixer_options import AttentionOptions, GatedDeltaOptions, Mamba2Options
+from riverrun.modeling.mixer_options import (
+    AttentionOptions,
+    GatedDeltaOptions,
+    Mamba2Options,
+    PrefixLinearAttentionOptions,
+)
 from riverrun.modeling.mixers import OPTIONS
 from riverrun.modeling.model import RiverrunForCausalLM
 from riverrun.modeling.options import ModelOptions
@@ -20,6 +25,7 @@ def hybrid() -> RiverrunForCausalLM:
         attention=AttentionOptions(num_heads=4, num_kv_heads=2),
         mamba2=Mamba2Options(head_dim=64, state_size=64),
         gated_delta=GatedDeltaOptions(num_heads=2, head_dim=64, num_householder=2),
+        prefix_linear_attention=PrefixLinearAttentionOptions(encoder=False),
     )
     return RiverrunForCausalLM(RiverrunConfig.from_options(options))
 

@@ -168,7 +168,7 @@ def test_head_rnn_of_one_cell_without_a_sweep(tmp_path):
             ["mamba2"],
             "there is no benchmark of 'mamba2'; choose one of para_gru, para_lstm, head_rnn, gated_delta, ssd, "
             "diagonal_scan, causal_conv1d, gated_rms_norm, linear_cross_entropy, mamba2_layer, gated_delta_layer, "
-            "mixers\n",
+            "prefix_linear_attention, mixers\n",
         ),
         (["gated_delta_layer", "--variant", "n=3"], "gated_delta_layer has no variant 'n=3'; choose one of n=1, n=2\n"),
         (["mamba2_layer", "--variant", "n=1"], "mamba2_layer has no variant 'n=1'; leave --variant out"),

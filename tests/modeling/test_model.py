@@ -20,6 +20,7 @@ from riverrun.modeling.mixer_options import (
     Mamba2Options,
     ParaGRUOptions,
     ParaLSTMOptions,
+    PrefixLinearAttentionOptions,
     SLSTMOptions,
 )
 from riverrun.modeling.mixers import MIXERS
@@ -42,9 +43,15 @@ BASE = ModelOptions(
     lstm=LSTMOptions(head_dim=8),
     gru=GRUOptions(head_dim=8),
     elman=ElmanOptions(head_dim=8),
+    prefix_linear_attention=PrefixLinearAttentionOptions(
+        num_heads=2, head_dim=8, feature_dim=4, encoder=False, chunk_size=8
+    ),
 )
 WINDOWED = replace(BASE.attention, window=5)
-HYBRID = ("mamba2", "gated_delta", "para_gru", "para_lstm", "slstm", "lstm", "gru", "elman", "attention")
+HYBRID = (
+    "mamba2", "gated_delta", "para_gru", "para_lstm", "slstm", "lstm", "gru", "elman", "prefix_linear_attention",
+    "attention",
+)  # fmt: skip
 SHAPES = {
     "mamba2": replace(BASE, layer_pattern=("mamba2",)),
     "mamba2 alone": replace(BASE, layer_pattern=("mamba2",), intermediate_size=0, tie_word_embeddings=True),
@@ -59,6 +66,7 @@ SHAPES = {
     "lstm": replace(BASE, layer_pattern=("lstm",)),
     "gru": replace(BASE, layer_pattern=("gru",)),
     "elman without conv": replace(BASE, layer_pattern=("elman",), elman=replace(BASE.elman, conv_kernel=0)),
+    "prefix_linear_attention": replace(BASE, layer_pattern=("prefix_linear_attention",)),
     "attention": replace(BASE, layer_pattern=("attention",)),
     "attention window": replace(BASE, layer_pattern=("attention",), attention=WINDOWED),
     "attention window 1": replace(BASE, layer_pattern=("attention",), attention=replace(WINDOWED, window=1)),
@@ -321,7 +329,7 @@ def test_state_bytes_are_those_of_the_cache(shape, seq_len):
     stated = 0
     for layer in cache.layers:
         for name, state in layer.items():
-            recurrent = name in ("ssd", "delta", "cell")
+            recurrent = name in ("ssd", "delta", "cell", "linear")
             assert state.dtype == torch.float32
             stated += state.numel() * (4 if recurrent else 2)
     assert model.state_bytes(seq_len) == stated

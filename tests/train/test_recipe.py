@@ -127,7 +127,11 @@ def test_missing_file_and_folder(tmp_path):
         ("model.hiden_size=3", "model.hiden_size (command line) is not a recipe key: did you mean model.hidden_size?"),
         ("model.mamba2.state_sise=3", "did you mean model.mamba2.state_size?"),
         ("train.lr=3", "train.lr (command line) is not a recipe key: did you mean optimizer.lr?"),
-        ("chunk_size=3", "did you mean model.mamba2.chunk_size or model.gated_delta.chunk_size?"),
+        (
+            "chunk_size=3",
+            "did you mean model.mamba2.chunk_size, model.gated_delta.chunk_size or "
+            "model.prefix_linear_attention.chunk_size?",
+        ),
         ("trian.x=3", "trian (command line) is not a recipe key: did you mean train?"),
         ("engine.foo=3", "engine.foo (command line) is not a recipe key: [engine] has device, zero_stage, over"),
         ("bar=3", "bar (command line) is not a recipe key: a recipe has name, description, profile, model"),

@@ -1,7 +1,10 @@
 """The batches of every step, the same for any number of ranks, and known without reading the steps before."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
+
+import torch
 
 from riverrun.train.data.packing import Batch, Row
 
@@ -23,6 +26,7 @@ class PackedLoader:
         balance: attention's cost depends on the lengths of a row's documents, and the ranks of a step wait for the
             slowest: deal the step's rows to them by that cost, in turns from both sides, so that sums are even, and
             costly rows fall into the same micro batch everywhere. Otherwise a rank's rows are neighbours.
+        carries: (a row, its sample's number) → whether it goes on from the state of the row in its place a step before.
 
     Raises:
         ValueError: G does not divide into micro batches on all ranks.
@@ -38,6 +42,7 @@ class PackedLoader:
         dp_rank: int = 0,
         dp_size: int = 1,
         balance: bool = False,
+        carries: Callable[[Row, int], bool] | None = None,
     ):
         if global_batch_size % (micro_batch_size * dp_size):
             raise ValueError(
@@ -47,12 +52,20 @@ class PackedLoader:
         self.samples, self.collate = samples, collate
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.dp_rank, self.dp_size, self.balance = dp_rank, dp_size, balance
+        self.carries = carries
 
     def step(self, step: int) -> list[Batch]:
         """This rank's micro batches of optimiser step `step`, counted from 0."""
         rows = self._rows(step)
         parts = (rows[start : start + self.micro_batch_size] for start in range(0, len(rows), self.micro_batch_size))
-        return [self.collate([self.samples[i] for i in part], part, step) for part in parts]
+        return [self._batch(part, step) for part in parts]
+
+    def _batch(self, numbers: Sequence[int], step: int) -> Batch:
+        rows = [self.samples[i] for i in numbers]
+        batch = self.collate(rows, numbers, step)
+        if self.carries is None:
+            return batch
+        return replace(batch, carries=torch.tensor([self.carries(row, i) for row, i in zip(rows, numbers)]))
 
     def _rows(self, step: int) -> list[int]:
         rows = range(step * self.global_batch_size, (step + 1) * self.global_batch_size)

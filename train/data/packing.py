@@ -19,11 +19,13 @@ class Row:
         input_ids: (T,) int64.
         targets: (T,) int64, the next token of the same document; IGNORED at a document's last token.
         starts: positions > 0 in the row at which a document begins.
+        begins: a document begins at position 0 too: the row does not go on with one of the row before.
     """
 
     input_ids: np.ndarray
     targets: np.ndarray
     starts: np.ndarray
+    begins: bool = True
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Batch:
         cu_seqlens: (S + 1,) int32 bounds of the sequences in the flattened B·T tokens; rows begin sequences.
         num_targets: targets that have a loss.
         extra: what else an objective needs, (B, T) each.
+        carries: (B,) bool, on the CPU: rows that go on from a state (see `riverrun.train.state_passing`); None: none.
     """
 
     input_ids: torch.Tensor
@@ -43,6 +46,7 @@ class Batch:
     cu_seqlens: torch.Tensor
     num_targets: int
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
+    carries: torch.Tensor | None = None
 
     def shard(self, tokens: slice) -> "Batch":
         """Some tokens of every row; the bounds stay those of whole rows, and so does the number of targets."""
@@ -54,7 +58,8 @@ class Batch:
             return tensor.to(device, non_blocking=True)
 
         extra = {name: move(value) for name, value in self.extra.items()}
-        return Batch(move(self.input_ids), move(self.targets), move(self.cu_seqlens), self.num_targets, extra)
+        ids, targets, cu_seqlens = move(self.input_ids), move(self.targets), move(self.cu_seqlens)
+        return replace(self, input_ids=ids, targets=targets, cu_seqlens=cu_seqlens, extra=extra)
 
 
 class PackedRows:
@@ -84,7 +89,8 @@ class PackedRows:
         starts = self._starts(i)
         targets = tokens[1:].copy()
         targets[starts - 1] = IGNORED  # the token before a document's first does not predict it
-        return Row(tokens[:-1], targets, starts[starts < self.seq_len])
+        begins = len(self.store.document_starts(start, start + 1)) > 0
+        return Row(tokens[:-1], targets, starts[starts < self.seq_len], begins)
 
     def pairs(self, i: int) -> int:
         """The squared lengths of row i's documents, summed: what attention costs in it, to a constant factor."""

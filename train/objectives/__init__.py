@@ -11,4 +11,12 @@ def make_objective(recipe: Recipe, tokenizer: Tokenizer | None) -> Objective:
     Raises:
         ValueError: it needs what `recipe` or `tokenizer` lacks.
     """
+    if recipe.train.objective == "ditto":
+        from riverrun.train.objectives.ditto import Ditto, delimiter_ids
+
+        return Ditto(recipe.train.ditto, delimiter_ids(recipe.train.ditto, tokenizer), recipe.train.seed)
+    if recipe.train.objective == "jrt":
+        from riverrun.train.objectives.jrt import JRT
+
+        return JRT(recipe.train.jrt, recipe.train.seed, tokenizer)
     return Objective()

@@ -14,6 +14,7 @@ from riverrun.modeling.mixer_options import (
     Mamba2Options,
     ParaGRUOptions,
     ParaLSTMOptions,
+    PrefixLinearAttentionOptions,
     SLSTMOptions,
 )
 from riverrun.modeling.options import ModelOptions
@@ -37,6 +38,9 @@ BASE = ModelOptions(
     lstm=LSTMOptions(head_dim=4),
     gru=GRUOptions(head_dim=4),
     elman=ElmanOptions(head_dim=4),
+    prefix_linear_attention=PrefixLinearAttentionOptions(
+        num_heads=4, head_dim=4, feature_dim=3, encoder=False, chunk_size=4
+    ),
 )
 
 
@@ -55,6 +59,7 @@ SHAPES = {
     "slstm": of("slstm"),
     "lstm": of("lstm"),
     "gru, elman": of("gru", "elman"),
+    "prefix_linear_attention": of("prefix_linear_attention"),
     "attention": of("attention"),
     "attention, one key head, full norms": of(
         "attention", post_norm_attention=True, attention=replace(BASE.attention, num_kv_heads=1, qk_norm="full")
@@ -83,7 +88,9 @@ def batch():
     return ids, targets
 
 
-def part(shape: Shape, cp: int, tp: int, recompute: bool, bounds: list[int], linear="auto", attention="auto"):
+def part(
+    shape: Shape, cp: int, tp: int, recompute: bool, bounds: list[int], linear="auto", attention="auto", prefix=0
+):
     """On a rank: its part of the loss and its parameters' gradients."""
     mesh = mesh_of(cp, tp)
     torch.manual_seed(0)
@@ -95,27 +102,28 @@ def part(shape: Shape, cp: int, tp: int, recompute: bool, bounds: list[int], lin
     else:
         given = {"context": Context.of_rows(mesh.cp, ROWS, LENGTH, bounds, "cpu", linear, attention)}
         ids, targets = (x[:, mesh.cp.share(LENGTH)] for x in (ids, targets))
-    out = model(ids, targets=targets, num_targets=10, z_loss=Z_LOSS, **given)
+    given |= {"targets": targets, "num_targets": 10, "z_loss": Z_LOSS, "prefix": prefix}
+    out = model(ids, **given)
     out.loss.backward()
     with torch.no_grad():
-        again = model.eval()(ids, targets=targets, num_targets=10, z_loss=Z_LOSS, **given)
+        again = model.eval()(ids, **given)
     torch.testing.assert_close(again.loss, out.loss.detach())
     return out.loss.item(), out.cross_entropy.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def alone(shape: Shape, bounds: list[int]):
-    """The same on one process: loss, cross-entropy, gradients, and the plan that `tp` ranks would follow."""
+def alone(shape: Shape, bounds: list[int], prefix: int):
+    """The same on one process: the model with its gradients, loss and cross-entropy."""
     torch.manual_seed(0)
     model = build_sharded(config_of(shape), ALONE).double().train()
     ids, targets = batch()
     bounds = torch.tensor(bounds, dtype=torch.int32)
-    out = model(ids, targets=targets, num_targets=10, z_loss=Z_LOSS, cu_seqlens=bounds)
+    out = model(ids, targets=targets, num_targets=10, z_loss=Z_LOSS, cu_seqlens=bounds, prefix=prefix)
     out.loss.backward()
     return model, out.loss.item(), out.cross_entropy.item()
 
 
-def assert_parts_make_the_whole(results, shape: Shape, cp: int, tp: int, bounds: list[int]) -> None:
-    model, loss, cross_entropy = alone(shape, bounds)
+def assert_parts_make_the_whole(results, shape: Shape, cp: int, tp: int, bounds: list[int], prefix: int = 0) -> None:
+    model, loss, cross_entropy = alone(shape, bounds, prefix)
     assert abs(sum(r[0] for r in results) - loss) < 1e-10 * abs(loss)
     assert abs(sum(r[1] for r in results) - cross_entropy) < 1e-10 * cross_entropy
     plan = parameter_plan(model, tp)
