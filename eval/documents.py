@@ -1,10 +1,12 @@
 """The text that an evaluation reads: a token store, or a file of texts that is encoded on the spot."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import numpy as np
 
 from riverrun.eval.batches import Tokens
 from riverrun.eval.models import LoadedModel
@@ -22,7 +24,7 @@ class Documents:
     fingerprint: of the store or the file.
     """
 
-    tokens: Iterable[Tokens]
+    tokens: Sequence[Tokens]
     num_documents: int
     num_tokens: int
     num_bytes: int
@@ -91,10 +93,25 @@ def _check_size(what: str, vocab_size: int, model: LoadedModel) -> None:
         )
 
 
+class Stored(Sequence[np.ndarray]):
+    """The first documents of a store, each of which is read when it is asked for."""
+
+    def __init__(self, store: TokenStore, number: int):
+        self.store, self.number = store, number
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, i):
+        if not 0 <= i < self.number:
+            raise IndexError(i)
+        return self.store.document(i)
+
+
 def _of_store(store: TokenStore, limit: int | None) -> Documents:
     number = min(store.num_documents, limit or store.num_documents)
     return Documents(
-        (store.document(i) for i in range(number)),
+        Stored(store, number),
         number,
         sum(len(store.document(i)) for i in range(number)),
         sum(store.document_bytes(i) for i in range(number)),

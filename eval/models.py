@@ -2,8 +2,10 @@
 
 import hashlib
 import tomllib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,12 +17,15 @@ from riverrun.modeling.hf.importer import build_model, load_pretrained, read_con
 from riverrun.modeling.hf.remote_code import MODEL_CLASS
 from riverrun.modeling.hf.tokenizer import tokenizer_files
 from riverrun.modeling.model import RiverrunForCausalLM
+from riverrun.modeling.state_control import StateControl, set_state_control
 from riverrun.train import checkpoint
 from riverrun.train.data.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 IMPORTED = (MODEL_CLASS, mamba2.ARCHITECTURE, olmo_hybrid.ARCHITECTURE)  # read by our own importer
 WEIGHT_FILES = ("*.safetensors", "*.bin")
+
+_shared: ContextVar["dict[tuple, LoadedModel] | None"] = ContextVar("shared", default=None)
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,10 @@ class LoadedModel:
         name: as the user gave it.
         tokenizer: None if none came along; see `require_tokenizer`.
         description: for people, such as "run runs/a, step 2000".
-        fingerprint: SHA-256 of the config's and weights' files.
+        fingerprint: SHA-256 of the config's and weights' files, and of the state control.
         seq_len: the length a run was trained on, or the longest that the model takes; None if unknown.
+        step: of the checkpoint, if it is a run's.
+        state_control: what a state control changes, by name.
     """
 
     name: str
@@ -41,6 +48,8 @@ class LoadedModel:
     description: str
     fingerprint: str
     seq_len: int | None = None
+    step: int | None = None
+    state_control: dict[str, float | int] = field(default_factory=dict)
 
     @property
     def is_riverrun(self) -> bool:
@@ -65,6 +74,16 @@ class LoadedModel:
         return self.tokenizer
 
 
+@contextmanager
+def sharing_models() -> Iterator[None]:
+    """Within, `load_model` with the same arguments returns the same model, which is to be left as it was."""
+    token = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
 def load_model(
     spec: str | Path,
     *,
@@ -72,6 +91,7 @@ def load_model(
     dtype: str | None = None,
     step: int | None = None,
     trust_remote_code: bool = False,
+    state_control: str | None = None,
 ) -> LoadedModel:
     """Load a model for evaluation.
 
@@ -81,10 +101,16 @@ def load_model(
         device: "auto" is CUDA if there is any, "cpu", "cuda" or "cuda:N".
         dtype: "fp32", "bf16" or "fp16"; None: as in the files (a run's weights are fp32).
         step: which checkpoint of a run; None: the newest intact one.
+        state_control: of its Mamba-2 layers, as `StateControl.parse` reads it; None: none.
 
     Raises:
-        ValueError: nothing there, a run without that checkpoint, damaged files, or a device this machine lacks.
+        ValueError: nothing there, a run without that checkpoint, damaged files, a device this machine lacks, or a state
+            control of a model without Mamba-2 layers.
     """
+    control = None if state_control is None else StateControl.parse(state_control)
+    shared, asked = _shared.get(), (str(spec), device, dtype, step, trust_remote_code, control)
+    if shared is not None and asked in shared:
+        return shared[asked]
     target, kind = resolve_device(device), None if dtype is None else DTYPES[dtype]
     folder = Path(spec)
     if _is_run(folder):
@@ -97,7 +123,25 @@ def load_model(
             raise ValueError(f"{spec} is neither a run folder nor a model in Hugging Face's layout: no config.json")
         loaded = _load_folder(folder, str(spec), kind, trust_remote_code)
     loaded.model.to(target).eval().requires_grad_(False)  # type: ignore[arg-type]
+    if control is not None:
+        loaded = _controlled(loaded, control)
+    if shared is not None:
+        shared[asked] = loaded
     return loaded
+
+
+def _controlled(loaded: LoadedModel, control: StateControl) -> LoadedModel:
+    set_state_control(loaded.model, control)
+    settings = control.settings()
+    if not settings:
+        return loaded
+    text = ",".join(f"{name}={value}" for name, value in settings.items())
+    return replace(
+        loaded,
+        description=f"{loaded.description}, with {text}",
+        fingerprint=hashlib.sha256(f"{loaded.fingerprint} {text}".encode()).hexdigest(),
+        state_control=settings,
+    )
 
 
 def resolve_device(device: str) -> torch.device:
@@ -143,6 +187,7 @@ def _load_run(folder: Path, dtype: torch.dtype | None, step: int | None) -> Load
         f"run {folder}, step {step}",
         _sha256([folder / "config.json", manifest]),  # the manifest has the checksums of all weights
         _trained_length(folder),
+        step,
     )
 
 

@@ -69,8 +69,9 @@ def page(run_dir: Path, evaluations: Sequence[Path]) -> str:
 
 
 def evaluations_of(run_dir: Path) -> list[Path]:
-    """The folders with results below RUN_DIR/eval."""
-    return sorted(path.parent for path in (run_dir / "eval").rglob(RESULTS))
+    """The folders with results below RUN_DIR/eval, without those that only merge others' results."""
+    found = sorted((run_dir / "eval").rglob(RESULTS))
+    return [path.parent for path in found if "merged" not in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def _summary(records: list[dict[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -49,3 +50,21 @@ def plot_loss_by_position(buckets: Sequence[Bucket], path: Path, title: str) -> 
 
 def span(bucket: Bucket) -> str:
     return f"{bucket.first:,}" if bucket.first == bucket.last else f"{bucket.first:,}–{bucket.last:,}"
+
+
+def summary_table(document: dict[str, Any]) -> Table:
+    """Every metric of a results.json with its interval of 95%."""
+    found = Table()
+    for name in ("task", "version", "metric", "", "value", "95% interval"):
+        found.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    for task, metrics in document["results"].items():
+        names = [name.removesuffix(",none") for name in metrics if name.endswith(",none") and "_stderr," not in name]
+        for row, name in enumerate(names):
+            value, interval = metrics[f"{name},none"], document["ci95"][task].get(name)
+            better = document["higher_is_better"][task].get(name)
+            found.add_row(
+                "" if row else task, "" if row else str(document["versions"][task]), name,
+                "" if better is None else "↑" if better else "↓", "–" if value is None else f"{value:.4f}",
+                "–" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}",
+            )  # fmt: skip
+    return found

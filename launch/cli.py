@@ -10,15 +10,18 @@ from riverrun.launch import console
 from riverrun.launch.commands import (
     bench,
     bench_context,
+    compare,
     config,
     data,
     doctor,
     export,
     generate,
+    jrt,
     length,
     plan,
     quickstart,
     recipes,
+    repetition,
     report,
     reshard,
     study,
@@ -85,6 +88,9 @@ app.command("plan", rich_help_panel=TRAINING)(plan.plan)
 app.command("train", rich_help_panel=TRAINING)(train.train)
 evaluation.app.command("length")(length.length)
 evaluation.app.command("needle")(length.needle)
+evaluation.app.command("compare")(compare.compare)
+evaluation.app.command("repetition")(repetition.repetition)
+evaluation.app.command("jrt")(jrt.jrt)
 app.add_typer(evaluation.app, name="eval", rich_help_panel=MODELS)
 app.command("study", rich_help_panel=MODELS)(study.study)
 app.command("report", rich_help_panel=MODELS)(report.report)

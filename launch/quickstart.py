@@ -14,6 +14,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from riverrun.eval.samples import overwriting
 from riverrun.launch.commands import data, export, generate, train
 from riverrun.launch.commands import eval as evaluation
 from riverrun.launch.console import out
@@ -69,7 +70,8 @@ def run(folder: Path, overrides: Sequence[str]) -> None:
 
     out.rule("evaluation")
     _show("eval perplexity", "--model", run_dir, "--data", stores / "held_out")
-    evaluation.perplexity(str(run_dir), stores / "held_out", out_dir=folder / "perplexity")
+    with overwriting():  # what an earlier quickstart left in this folder
+        evaluation.perplexity(str(run_dir), stores / "held_out", out_dir=folder / "perplexity")
 
     out.rule("a sample")
     _show("generate", "--model", run_dir, "--prompt", PROMPT)

@@ -74,6 +74,7 @@ def generate(
     streamer: BaseStreamer | None = None,
     stopping: StoppingCriteriaList | None = None,
     processors: LogitsProcessorList | None = None,
+    prefix: int = 0,
 ) -> Generation:
     """Continue `prompt` (at least one token); the same for a seed, on one machine and number of samples.
 
@@ -82,18 +83,25 @@ def generate(
     Args:
         stopping: what ends a sample besides `eos_id`.
         processors: change the logits before `sampling` does.
+        prefix: tokens of the prompt that prefix linear attention reads without causality; all of a shorter one.
 
     Raises:
-        ValueError: an empty prompt, or counts below 1.
+        ValueError: an empty prompt, counts below 1, or a prefix and a model that reads none.
     """
     if not prompt:
         raise ValueError("the prompt has no tokens: start from the beginning- or end-of-sequence token")
     if max_new_tokens < 1 or num_samples < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} and num_samples={num_samples} must be at least 1")
+    check_prefix(model, prefix)
+    prefix = min(prefix, len(prompt))
     device = next(model.parameters()).device
     start = time.perf_counter()
     input_ids = torch.tensor([prompt], device=device).expand(num_samples, -1)
-    cache = prefill(model, prompt[:-1], num_samples) if isinstance(model, RiverrunForCausalLM) else None
+    cache, whole = None, 0 < prefix == len(prompt)  # then `model.generate` reads the prompt, at once
+    if isinstance(model, RiverrunForCausalLM):
+        cache = RiverrunCache(model.config.num_hidden_layers)
+        if not whole:
+            cache = prefill(model, prompt[:-1], num_samples, prefix=prefix)
     _wait(device)
     prefilled = time.perf_counter()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -106,6 +114,7 @@ def generate(
             streamer=streamer,
             stopping_criteria=stopping,
             logits_processor=processors,
+            **({"prefix": prefix} if whole else {}),
         )
     _wait(device)
     tokens = [_until(row, eos_id) for row in out[:, len(prompt) :].tolist()]
@@ -113,13 +122,31 @@ def generate(
     return Generation(tokens, prefilled - start, end - prefilled, None if cache is None else cache.num_bytes())
 
 
-def prefill(model: RiverrunForCausalLM, tokens: list[int], num_rows: int, chunk: int = PREFILL_CHUNK) -> RiverrunCache:
-    """The cache of `num_rows` equal rows after `tokens`, without computing any logits."""
+def check_prefix(model: PreTrainedModel, prefix: int) -> None:
+    """Raises ValueError if the model cannot read a prefix of that many tokens without causality."""
+    if prefix < 0:
+        raise ValueError(f"prefix={prefix} must not be negative; 0 is none")
+    if prefix and not (isinstance(model, RiverrunForCausalLM) and model.config.options.reads_prefix):
+        raise ValueError(
+            f"prefix={prefix} is for models with layers of prefix_linear_attention and its encoder, and this one has "
+            "none: leave the prefix out"
+        )
+
+
+def prefill(
+    model: RiverrunForCausalLM, tokens: list[int], num_rows: int, chunk: int = PREFILL_CHUNK, prefix: int = 0
+) -> RiverrunCache:
+    """The cache of `num_rows` equal rows after `tokens`, without computing any logits; `prefix` tokens are read without
+    causality, and at once."""
     cache = RiverrunCache(model.config.num_hidden_layers)
     device = model.lm_head.weight.device
-    for piece in torch.tensor([tokens], dtype=torch.long, device=device).split(chunk, dim=1):
+    ids = torch.tensor([tokens], dtype=torch.long, device=device)
+    first = max(chunk, prefix)
+    for piece in (ids[:, :first], *ids[:, first:].split(chunk, dim=1)):
         if piece.numel():
             layout = Layout.of_rows((1, piece.shape[1]), torch.tensor([cache.seen], device=device))
+            if prefix and not cache.seen:
+                layout.prefix = torch.arange(piece.shape[1], device=device)[None] < prefix
             model.model(piece, layout, cache)
     return cache.reorder_cache(torch.zeros(num_rows, dtype=torch.long, device=device))
 

@@ -40,7 +40,10 @@ def build(owner: str, options: type[T], values: Mapping[str, Any]) -> T:
         return TypeAdapter(options).validate_python(dict(values))
     except ValidationError as error:
         lines = [
-            f"{owner}.{'.'.join(map(str, e['loc'][:1]))}={e['input']!r}: {e['msg'].lower()}" for e in error.errors()
+            f"{owner}.{'.'.join(map(str, e['loc'][:1]))}={e['input']!r}: {e['msg'].lower()}"
+            if e["loc"]
+            else str(e["ctx"]["error"])  # what the class itself raised, of its values together
+            for e in error.errors()
         ]
         raise ValueError("; ".join(lines)) from None
 

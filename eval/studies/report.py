@@ -61,7 +61,7 @@ def _point(results: list[Result], index: int) -> Point:
 def cells(study: Study, finished: list[Finished]) -> list[tuple[str, list[list[str]]]]:
     """(title, lines of cells, the first of them the header) of each table."""
     task, found = make_task(study.task, study.task_options), rows(study, finished)
-    lengths = [f"{_size(task)} {point.length:,}" for point in found[0].points]
+    lengths = [f"{_size(task)} {task.length_label(point.length)}" for point in found[0].points]
     spread = "lowest–highest seed" if len(study.seeds) > 1 else "95% Wilson interval"
     number = f"mean over {len(study.seeds)} seeds" if len(study.seeds) > 1 else "one seed"
     score = (
@@ -82,7 +82,7 @@ def cells(study: Study, finished: list[Finished]) -> list[tuple[str, list[list[s
             for rate in study.learning_rates
         ]
         sweep.append([mixer, *(f"{mean(each):.3g}" for each in scores)])
-    at = "" if isinstance(task, MemoryTask) else f" at length {study.train_length}"
+    at = "" if isinstance(task, MemoryTask) else f" at length {task.length_label(study.train_length)}"
     tables.append((f"{score}{at} by learning rate, {number}", sweep))
     return tables
 
@@ -143,18 +143,22 @@ def plot(study: Study, finished: list[Finished], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     task = make_task(study.task, study.task_options)
+    found = rows(study, finished)
+    lengths = sorted({study.train_length, *study.test_lengths, *(p.length for row in found for p in row.points)})
+    place = {n: i if task.evenly_spaced else n for i, n in enumerate(lengths)}
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for row in rows(study, finished):
-        x = [p.length for p in row.points]
+    for row in found:
+        x = [place[p.length] for p in row.points]
         (line,) = axes.plot(x, [p.accuracy for p in row.points], marker="o", linewidth=2, label=row.mixer)
         axes.fill_between(
             x, [p.low for p in row.points], [p.high for p in row.points], color=line.get_color(), alpha=0.2, linewidth=0
         )
     axes.axhline(task.chance, color="grey", linestyle="--", linewidth=1, label="chance")
-    axes.axvline(study.train_length, color="grey", linestyle=":", linewidth=1, label="training length")
-    axes.set_xscale("log", base=2)
-    lengths = sorted({study.train_length, *study.test_lengths})
-    axes.set_xticks(lengths, [f"{n:,}" for n in lengths], minor=False)
+    axes.axvline(place[study.train_length], color="grey", linestyle=":", linewidth=1, label="training length")
+    if not task.evenly_spaced:
+        axes.set_xscale("log", base=2)
+    turned = 90 if task.evenly_spaced else 0
+    axes.set_xticks(list(place.values()), [task.length_label(n) for n in lengths], minor=False, rotation=turned)
     axes.minorticks_off()
     title = f"{study.task}: {study.layers} layer{'s' * (study.layers > 1)} of width {study.width}"
     axes.set(xlabel=_size(task), ylabel="accuracy", ylim=(-0.03, 1.03), title=title)

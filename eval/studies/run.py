@@ -24,6 +24,7 @@ SMALL: dict[str, dict[str, int]] = {
     "attention": {"head_dim": HEAD_DIM},
     "mamba2": {"head_dim": HEAD_DIM, "state_size": STATE_SIZE},
     "gated_delta": {"head_dim": HEAD_DIM},
+    "prefix_linear_attention": {"head_dim": HEAD_DIM, "encoder": False},  # no task reads a prefix
 } | {name: {"head_dim": HEAD_DIM} for name in ("slstm", "lstm", "gru", "elman")}
 
 

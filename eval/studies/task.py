@@ -47,6 +47,7 @@ class Task(ABC):
     name: ClassVar[str]
     defaults: ClassVar[Defaults]
     shortest: ClassVar[int] = 1
+    evenly_spaced: ClassVar[bool] = False  # on a plot's axis, in their order; else the axis is logarithmic
 
     @abstractmethod
     def vocab_size(self, train_length: int) -> int:
@@ -61,6 +62,10 @@ class Task(ABC):
     def chance(self) -> float:
         """The expected accuracy of a guess drawn uniformly from `answers`."""
         return 1 / len(self.answers)
+
+    def length_label(self, length: int) -> str:
+        """A length as tables and plots show it."""
+        return f"{length:,}"
 
     def problems(self, lengths: tuple[int, ...]) -> list[str]:
         """What is impossible about the options with these lengths, the training length first; each with its fix."""

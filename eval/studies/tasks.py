@@ -9,6 +9,7 @@ from riverrun.eval.studies.groups import A5, S3, S4, S5
 from riverrun.eval.studies.memory import NDelayedMatch, NParity
 from riverrun.eval.studies.mqar import MQAR
 from riverrun.eval.studies.options import build, choose
+from riverrun.eval.studies.set_disjointness import SetDisjointness
 from riverrun.eval.studies.state_tracking import CycleNavigation, ModularArithmetic, Parity
 from riverrun.eval.studies.task import Task
 
@@ -16,7 +17,7 @@ TASKS: dict[str, type[Task]] = {
     task.name: task
     for task in (
         MQAR, S3, S4, S5, A5, Parity, ModularArithmetic, CycleNavigation, Copying, ReverseString, BucketSort,
-        StackManipulation, MissingDuplicate, NParity, NDelayedMatch,
+        StackManipulation, MissingDuplicate, SetDisjointness, NParity, NDelayedMatch,
     )
 }  # fmt: skip
 

@@ -23,26 +23,31 @@ buckets, since the ratio is the largest of many.
 The verdict is on the shape of the curve, not its height: a model that has learned nothing extrapolates perfectly.
 
 Buckets are a quarter of an octave wide, counted from T; a document counts for the ratio where it fills the bucket.
+
+A sample (a line of samples.jsonl) is a document, or a sequence of joined ones, with its sums by octave and by bucket.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.table import Table
 
-from riverrun.eval.batches import Batch, Tokens, batched, row_batches
+from riverrun.eval.batches import Tokens, row_batches
 from riverrun.eval.documents import Documents
-from riverrun.eval.harness import TaskResult
-from riverrun.eval.losses import token_losses
+from riverrun.eval.harness import SampleMetric, TaskResult
+from riverrun.eval.intervals import grouped, resamples
 from riverrun.eval.models import LoadedModel
 from riverrun.eval.report import span
-from riverrun.eval.tasks.perplexity import Bucket, PerplexityResult, Tally, evaluating, stream
+from riverrun.eval.samples import Key, collect
+from riverrun.eval.tasks import perplexity
+from riverrun.eval.tasks.perplexity import OCTAVE_EDGES, Bucket, DocumentSums, Losses, PerplexityResult, Tally
 from riverrun.modeling.model import RiverrunForCausalLM
-from riverrun.train.data.packing import IGNORED
 
 TASK, VERSION = "length", 1
 COLLAPSES, EXTRAPOLATES = 2.0, 1.05  # bounds of the ratio
@@ -65,6 +70,16 @@ class Curve:
     nats: np.ndarray
     tokens: np.ndarray
 
+    @classmethod
+    def of(cls, edges: np.ndarray, records: Sequence[dict[str, Any]]) -> "Curve":
+        """Of samples; without documents and buckets in which nothing was scored."""
+        nats, tokens = np.zeros((len(records), len(edges) - 1)), np.zeros((len(records), len(edges) - 1), np.int64)
+        for row, record in enumerate(records):
+            seen = len(record["bucket_tokens"])
+            nats[row, :seen], tokens[row, :seen] = record["bucket_nats"], record["bucket_tokens"]
+        rows, end = tokens.any(1), int(np.flatnonzero(tokens.any(0))[-1]) + 1
+        return cls(edges[: end + 1], nats[rows, :end], tokens[rows, :end])
+
     @property
     def buckets(self) -> tuple[Bucket, ...]:
         nats, tokens = self.nats.sum(0), self.tokens.sum(0)
@@ -77,21 +92,10 @@ class Curve:
         """(2, K) pointwise 95% intervals of the buckets' losses; None with fewer than two documents."""
         if len(self.tokens) < 2:
             return None
-        nats, tokens = _grouped(self.nats), _grouped(self.tokens)
-        draws = _resamples(len(nats))
+        nats, tokens = grouped(self.nats, GROUPS), grouped(self.tokens, GROUPS)
+        draws = resamples(len(nats), RESAMPLES)
         with np.errstate(invalid="ignore"):  # a resample can lack every document that reaches a bucket
             return np.nanquantile((draws @ nats) / (draws @ tokens), [0.025, 0.975], axis=0)
-
-
-def _grouped(rows: np.ndarray) -> np.ndarray:
-    """(D, K) → (min(D, GROUPS), K): sums of rows. Resampling groups of documents is as good and costs less."""
-    missing = -len(rows) % GROUPS if len(rows) > GROUPS else 0
-    return np.pad(rows, ((0, missing), (0, 0))).reshape(-1, min(len(rows), GROUPS), rows.shape[1]).sum(0)
-
-
-def _resamples(count: int) -> np.ndarray:
-    """(RESAMPLES, count) how often each of `count` rows is drawn; the same in every call."""
-    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -118,27 +122,19 @@ class LengthResult:
     verdict: Verdict
 
 
-class PositionTally(Tally):
-    """Also sums by document and by the buckets that begin at `edges`."""
+class OctavesAndBuckets:
+    """Sums of `documents` documents by octave, as perplexity has them, and by the buckets of a curve."""
 
-    def __init__(self, edges: np.ndarray) -> None:
-        super().__init__()
-        self.edges = edges
-        self.nats, self.tokens = np.zeros((0, len(edges) - 1)), np.zeros((0, len(edges) - 1), np.int64)
+    def __init__(self, documents: int, edges: np.ndarray) -> None:
+        self.octaves, self.buckets = DocumentSums(documents, OCTAVE_EDGES), DocumentSums(documents, edges)
 
     def add(self, losses: np.ndarray, positions: np.ndarray, documents: np.ndarray) -> None:
-        super().add(losses, positions, documents)
-        if more := len(self.document_nats) - len(self.nats):
-            self.nats = np.pad(self.nats, ((0, more), (0, 0)))
-            self.tokens = np.pad(self.tokens, ((0, more), (0, 0)))
-        place = (documents, np.searchsorted(self.edges, positions, side="right") - 1)
-        np.add.at(self.nats, place, losses)
-        np.add.at(self.tokens, place, 1)
+        self.octaves.add(losses, positions, documents)
+        self.buckets.add(losses, positions, documents)
 
-    def curve(self) -> Curve:
-        """Without documents and buckets in which nothing was scored."""
-        rows, seen = self.tokens.any(1), int(np.flatnonzero(self.tokens.any(0))[-1]) + 1
-        return Curve(self.edges[: seen + 1], self.nats[rows, :seen], self.tokens[rows, :seen])
+    def records(self) -> list[dict[str, Any]]:
+        pairs = zip(perplexity.document_records(self.octaves), self.buckets.records("bucket"))
+        return [octaves | buckets for octaves, buckets in pairs]
 
 
 def edges(max_length: int, train_length: int | None) -> np.ndarray:
@@ -164,9 +160,10 @@ def judge(curve: Curve, train_length: int | None) -> Verdict:
         return Verdict("cannot tell", reason)
     filling = full[:, beyond].any(1)
     full, own_nats, own_tokens = full[filling][:, beyond], curve.nats[filling], curve.tokens[filling]
-    nats, tokens = _grouped(own_nats[:, beyond] * full), _grouped(own_tokens[:, beyond] * full)
-    nats_within = _grouped(own_nats[:, within].sum(1, keepdims=True) * full)
-    tokens_within = _grouped(own_tokens[:, within].sum(1, keepdims=True) * full)
+    nats, tokens = (grouped(own[:, beyond] * full, GROUPS) for own in (own_nats, own_tokens))
+    nats_within, tokens_within = (
+        grouped(own[:, within].sum(1, keepdims=True) * full, GROUPS) for own in (own_nats, own_tokens)
+    )
 
     def ratios(draws: np.ndarray) -> np.ndarray:
         """(R, rows) → (R, buckets)"""
@@ -176,7 +173,7 @@ def judge(curve: Curve, train_length: int | None) -> Verdict:
 
     ratio = float(ratios(np.ones((1, len(nats)))).max())
     tail = 0.025 / full.shape[1]
-    bounds = np.nanquantile(ratios(_resamples(len(nats))), [tail, 1 - tail], axis=0)
+    bounds = np.nanquantile(ratios(resamples(len(nats), RESAMPLES)), [tail, 1 - tail], axis=0)
     low, high = (float(side.max()) for side in bounds)
     reach = int(last[beyond][-1])
     verdict, reason = _decide(low, high, reach, train_length)
@@ -197,9 +194,47 @@ def _decide(low: float, high: float, reach: int, train_length: int) -> tuple[str
     return "cannot tell", f"{where}, on both sides of {bound}: evaluate more documents"
 
 
+class Cut(Sequence[np.ndarray]):
+    """Documents up to `size` tokens; None: whole."""
+
+    def __init__(self, documents: Sequence[Tokens], size: int | None):
+        self.documents, self.size = documents, size
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, i):
+        return np.asarray(self.documents[i][: self.size], np.int64)
+
+
+class Joined(Sequence[np.ndarray]):
+    """All tokens one after another, cut into sequences of `size`; texts' opening token is at the beginning of each."""
+
+    def __init__(self, documents: Sequence[Tokens], size: int, opening: int | None):
+        self.documents, self.opening = documents, opening
+        self.start = np.array([] if opening is None else [opening], np.int64)
+        self.taken = size - len(self.start)
+        self.ends = np.array([0, *accumulate(len(self._document(i)) for i in range(len(documents)))])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) // self.taken
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        low, high = i * self.taken, (i + 1) * self.taken
+        first, last = np.searchsorted(self.ends, low, side="right") - 1, np.searchsorted(self.ends, high)
+        tokens = np.concatenate([self._document(number) for number in range(first, last)])
+        return np.concatenate([self.start, tokens[low - self.ends[first] :][: self.taken]])
+
+    def _document(self, i: int) -> np.ndarray:
+        tokens = self.documents[i]
+        return np.asarray(tokens[1:] if len(tokens) and tokens[0] == self.opening else tokens, np.int64)
+
+
 def sequences(
-    documents: Iterable[Tokens], max_length: int | None, concatenate: bool, opening: int | None = None
-) -> Iterator[np.ndarray]:
+    documents: Sequence[Tokens], max_length: int | None, concatenate: bool, opening: int | None = None
+) -> Sequence[np.ndarray]:
     """Documents cut to max_length + 1 tokens, that is `max_length` predictions, or all tokens joined and cut into
     sequences of that length, the incomplete last one left out.
 
@@ -210,26 +245,13 @@ def sequences(
         ValueError: joining without a length, or too few tokens for one sequence.
     """
     if not concatenate:
-        for tokens in documents:
-            yield np.asarray(tokens if max_length is None else tokens[: max_length + 1], np.int64)
-        return
+        return Cut(documents, None if max_length is None else max_length + 1)
     if max_length is None:
         raise ValueError("joined documents need a length: give --max-length with --concatenate")
-    start = np.array([] if opening is None else [opening], np.int64)
-    wanted, found = max_length + 1 - len(start), 0
-    parts: list[np.ndarray] = []
-    for tokens in documents:
-        parts.append(np.asarray(tokens[1:] if len(tokens) and tokens[0] == opening else tokens, np.int64))
-        if sum(map(len, parts)) < wanted:
-            continue
-        joined = np.concatenate(parts)
-        whole = len(joined) // wanted
-        for piece in joined[: whole * wanted].reshape(whole, wanted):
-            yield np.concatenate([start, piece])
-        parts, found = [joined[whole * wanted :]], found + whole
-    if not found:
-        total = sum(map(len, parts))
-        raise ValueError(f"all documents together have {total:,} tokens: lower --max-length={max_length:,}")
+    joined = Joined(documents, max_length + 1, opening)
+    if not joined:
+        raise ValueError(f"all documents together have {joined.ends[-1]:,} tokens: lower --max-length={max_length:,}")
+    return joined
 
 
 def opening_token(model: LoadedModel) -> int | None:
@@ -237,50 +259,39 @@ def opening_token(model: LoadedModel) -> int | None:
     return None if model.is_riverrun or model.tokenizer is None else model.tokenizer.bos_id
 
 
-@torch.no_grad()
 def measure(
-    model: torch.nn.Module, documents: Iterable[Tokens], tally: PositionTally, *, chunk_len: int, batch_size: int
+    model: torch.nn.Module, documents: Iterable[Tokens], tally: Losses, *, chunk_len: int, batch_size: int
 ) -> None:
     """Adds the losses of `documents` to `tally`: Riverrun's models read `chunk_len` tokens at a time with the state
     carried on, others whole rows."""
-    device = next(model.parameters()).device
-    with evaluating(model):
-        if isinstance(model, RiverrunForCausalLM):
-            number = 0
-            for group in batched((np.asarray(tokens, np.int64) for tokens in documents), batch_size):
-                group.sort(key=len, reverse=True)
-                stream(model, group, number + np.arange(len(group)), chunk_len, tally)
-                number += len(group)
-            return
-        for batch in row_batches(documents, LONGEST, batch_size):
-            tally.add(*_scored(batch, token_losses(model, batch.input_ids.to(device), batch.targets.to(device))))
-
-
-def _scored(batch: Batch, losses: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Loss, position and document of every prediction in a batch of rows."""
-    assert batch.documents is not None
-    row, column = np.nonzero(batch.targets.numpy() != IGNORED)
-    return losses.double().cpu().numpy()[row, column], column + 1, batch.documents[row]
+    if isinstance(model, RiverrunForCausalLM):
+        perplexity.measure_streaming(model, documents, tally, chunk_len=chunk_len, batch_size=batch_size)
+    else:
+        perplexity.measure(model, row_batches(documents, LONGEST, batch_size), tally)
 
 
 def run(
     model: LoadedModel,
     documents: Documents,
+    folder: Path,
     *,
     max_length: int | None,
     train_length: int | None,
     chunk_len: int,
     batch_size: int,
     concatenate: bool,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[LengthResult, TaskResult]:
-    """The task as the command line runs it.
+    """The task as the command line runs it; a folder of the same model, data and settings is gone on with.
 
     Args:
+        folder: for samples.jsonl.
         max_length: predictions of a document that count; None: all, or as many as a model that is not Riverrun's takes.
         train_length: T; None: what is known of the model, else no verdict.
 
     Raises:
-        ValueError: nothing to score, a length below 1 or beyond what the model takes, or too few tokens to join.
+        ValueError: nothing to score, a length below 1 or beyond what the model takes, too few tokens to join, or
+            another configuration in the folder.
     """
     for name, value in (("max_length", max_length), ("train_length", train_length)):
         if value is not None and value < 1:
@@ -292,12 +303,15 @@ def run(
             raise ValueError(f"{model.description} takes at most {model.seq_len} tokens: lower max_length={max_length}")
         max_length = max_length or model.seq_len
     train_length = train_length or model.seq_len
-    tally = PositionTally(edges(max_length or LONGEST, train_length))
+    bounds = edges(max_length or LONGEST, train_length)
     chosen = sequences(documents.tokens, max_length, concatenate, opening_token(model))
-    measure(model.model, chosen, tally, chunk_len=chunk_len, batch_size=batch_size)
-    total = tally.result()
-    curve = tally.curve()
-    result = LengthResult(total, curve, judge(curve, train_length))
+
+    def work(keys: list[Key]) -> list[dict[str, Any]]:
+        sums = OctavesAndBuckets(len(keys), bounds)
+        some = [chosen[number] for (number,) in keys]
+        measure(model.model, some, sums, chunk_len=chunk_len, batch_size=len(some))
+        return sums.records()
+
     config = {
         "max_length": max_length,
         "train_length": train_length,
@@ -307,6 +321,17 @@ def run(
         "interval": f"bootstrap over documents, {RESAMPLES} resamples",
         "data_fingerprint": documents.fingerprint,
     }
+    settings = {
+        "task": TASK,
+        "version": VERSION,
+        **config,
+        "model_fingerprint": model.fingerprint,
+        "model_dtype": str(model.dtype),
+    }
+    keys = [(number,) for number in range(len(chosen))]
+    records = collect(folder, settings, keys, work, batch_size=batch_size, progress=progress)
+    total, curve = Tally.of(records).result(), Curve.of(bounds, records)
+    result = LengthResult(total, curve, judge(curve, train_length))
     return result, summarize(result, documents, config)
 
 
@@ -336,6 +361,8 @@ def summarize(result: LengthResult, documents: Documents, config: dict) -> TaskR
             "tokens_scored": result.total.tokens,
             "by_position": by_position,
         },
+        ci95={"loss": result.total.interval, "ratio": verdict.interval},
+        sample_metrics={"loss": SampleMetric("nats", "tokens")},
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from rich.table import Table
 
 from riverrun.eval.decoding.complete import opening, respond
-from riverrun.eval.harness import TaskResult
+from riverrun.eval.harness import SampleMetric, TaskResult
 from riverrun.eval.haystack import BABILONG, KINDS, PLACES, Cell, Sample, make_sample, read_haystack
 from riverrun.eval.intervals import wilson
 from riverrun.eval.models import LoadedModel
@@ -80,10 +80,13 @@ class Plan:
         if "niah_single_2" in self.kinds and self.haystack is None:
             raise ValueError("niah_single_2 in noise is niah_single_1: give a text with --haystack, or leave it out")
 
-    def cells(self) -> Iterator[Cell]:
+    def cells(self, limit: int | None = None) -> Iterator[Cell]:
+        """All of them, or the first `limit` of a kind in the order of samples, lengths, depths."""
+        places = [(length, depth) for length in self.lengths for depth in self.depths]
         for kind in self.kinds:
-            for length in self.lengths:
-                yield from (Cell(kind, length, depth, i) for depth in self.depths for i in range(self.samples))
+            for place, (length, depth) in enumerate(places):
+                some = range(self.samples) if limit is None else range(place, limit, len(places))
+                yield from (Cell(kind, length, depth, i) for i in range(min(self.samples, len(some))))
 
 
 class Record(NamedTuple):
@@ -118,9 +121,10 @@ def evaluate(
     answer: Callable[[list[Sample]], list[str]],
     *,
     batch_size: int,
+    limit: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Record]:
-    """All records of a plan: those in `folder`, and the rest.
+    """All records of a plan, or `limit` of each kind: those in `folder`, and the rest.
 
     Args:
         answer: samples of one kind and length → the texts that follow their prompts.
@@ -139,7 +143,7 @@ def evaluate(
         return [record._asdict() for record in records]
 
     found = collect(
-        folder, config, list(plan.cells()), work,
+        folder, config, list(plan.cells(limit)), work,
         batch_size=batch_size, group=lambda key: key[:2], progress=progress,
     )  # fmt: skip
     return [Record(**record) for record in found]
@@ -151,13 +155,17 @@ def run(
     folder: Path,
     *,
     batch_size: int,
+    limit: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[Record], list[TaskResult]]:
     """The task as the command line runs it; a folder of the same plan and model is gone on with.
 
     Raises:
-        ValueError: lengths that the model cannot take or that are too short, no tokenizer, another configuration there.
+        ValueError: lengths that the model cannot take or that are too short, no tokenizer, another configuration there,
+            a limit below 1.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"a limit of {limit} samples leaves nothing to evaluate: give at least 1")
     if not model.is_riverrun and model.seq_len is not None and max(plan.lengths) > model.seq_len:
         raise ValueError(
             f"{model.description} takes at most {model.seq_len} tokens: leave out lengths above, such as "
@@ -171,9 +179,9 @@ def run(
             make(cell)
     config = settings(plan, model)
     records = evaluate(
-        plan, folder, config, make, partial(respond_to, model), batch_size=batch_size, progress=progress
+        plan, folder, config, make, partial(respond_to, model), batch_size=batch_size, limit=limit, progress=progress
     )  # fmt: skip
-    return records, summarize(records, config)
+    return records, summarize(records, config, len(list(plan.cells())) // len(plan.kinds))
 
 
 def accuracies(records: Iterable[Record], *by: str) -> list[dict[str, Any]]:
@@ -189,8 +197,8 @@ def accuracies(records: Iterable[Record], *by: str) -> list[dict[str, Any]]:
     ]
 
 
-def summarize(records: Sequence[Record], config: dict[str, Any]) -> list[TaskResult]:
-    """A result a kind. Standard errors are binomial."""
+def summarize(records: Sequence[Record], config: dict[str, Any], available: int) -> list[TaskResult]:
+    """A result a kind, which has `available` samples without a limit. Standard errors are binomial."""
     results = []
     for total in accuracies(records, "kind"):
         own = [record for record in records if record.kind == total["kind"]]
@@ -207,12 +215,22 @@ def summarize(records: Sequence[Record], config: dict[str, Any]) -> list[TaskRes
                 },
                 dict.fromkeys(metrics, True),
                 len(own),
-                len(own),
+                available,
                 {**config, "kinds": [total["kind"]], "new_tokens": KINDS[total["kind"]].new_tokens},
                 {
                     "accuracy_95": total["accuracy_95"],
                     "by_length": by_length,
                     "cells": accuracies(own, "length", "depth"),
+                },
+                ci95={name: tuple(group["accuracy_95"]) for name, group in metrics.items()},
+                sample_metrics={
+                    "accuracy": SampleMetric("correct", where={"kind": total["kind"]}),
+                    **{
+                        f"accuracy@{group['length']}": SampleMetric(
+                            "correct", where={"kind": total["kind"], "length": group["length"]}
+                        )
+                        for group in by_length
+                    },
                 },
             )
         )

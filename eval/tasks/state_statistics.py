@@ -36,7 +36,7 @@ from riverrun.modeling.mixers.mamba2 import Mamba2
 from riverrun.modeling.model import RiverrunForCausalLM
 
 TASK, VERSION = "state_statistics", 1
-STATES = ("ssd", "delta", "cell")  # the rest of a cache is convolution tails, keys and values
+STATES = ("ssd", "delta", "cell", "linear")  # the rest of a cache is convolution tails, keys and values
 KEPT = 0.997  # "never forgets", arXiv 2410.07145
 
 
@@ -85,7 +85,10 @@ def log_decay(mixer: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor | No
         return at_least_fp32(hidden.new_zeros(*hidden.shape[:2], mixer.options.num_heads))
     else:
         return None
-    return -at_least_fp32(mixer.A_log).exp() * F.softplus(at_least_fp32(dt) + at_least_fp32(mixer.dt_bias))
+    decay = -at_least_fp32(mixer.A_log).exp() * F.softplus(at_least_fp32(dt) + at_least_fp32(mixer.dt_bias))
+    if isinstance(mixer, Mamba2) and mixer.state_control is not None:
+        return mixer.state_control.log_decay(decay)
+    return decay
 
 
 def head_norms(states: dict[str, torch.Tensor]) -> np.ndarray | None:

@@ -1,14 +1,19 @@
 """`riverrun eval`: how good a model is. Sub-commands are the tasks."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from riverrun.launch.console import err, out
+from riverrun.launch.evaluation import Tasks, results_folder
 
 app = typer.Typer(
     name="eval",
+    cls=Tasks,
+    subcommand_metavar="TASK[,TASK…] [OPTIONS]",
     no_args_is_help=True,
     rich_markup_mode="rich",
     help="Evaluate a run, an exported model or any Hugging Face causal language model.",
@@ -24,10 +29,62 @@ Dtype = Annotated[
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that a foreign model folder contains.")]
 
+Control = Annotated[
+    str | None,
+    typer.Option(
+        "--state-control",
+        metavar="NAME=VALUE,…",
+        help="Of Mamba-2 layers: retention, insertion, dt_scale, max_norm or window, such as "
+        "retention=0.9999,insertion=0.75 or window=8192.",
+    ),
+]
+
+
+def _batch_size(text: str | int) -> int:
+    if text == "auto":
+        from riverrun.eval.fitting import AUTO
+
+        return AUTO
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither auto nor a whole number") from None
+
+
+BatchSize = Annotated[
+    int,
+    typer.Option(
+        "--batch-size",
+        parser=_batch_size,
+        metavar="auto|N",
+        help="Prompts, documents or rows at a time. auto: 64, halved whenever the memory of the GPU is too small.",
+    ),
+]
+
+
+@contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """On a terminal, a bar that is told of what is done and of all."""
+    from rich.progress import Progress
+
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
+        shown = bar.add_task(name)
+        yield lambda done, total: bar.update(shown, completed=done, total=total)
+
 
 @app.callback()
-def eval_() -> None:
-    """Evaluate a run, an exported model or any Hugging Face causal language model."""
+def eval_(
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start again: remove the samples of an earlier evaluation in --out.")
+    ] = False,
+) -> None:
+    """Evaluate a run, an exported model or any Hugging Face causal language model.
+
+    Several tasks: [bold]riverrun eval perplexity,needle --model …[/bold] loads the model once; each option goes to the
+    tasks that know it, the results of each to a folder of its own below --out, and all of them to results.json there.
+    On several devices: [bold]torchrun --nproc-per-node N -m riverrun.launch.cli eval …[/bold]. What was stopped is gone
+    on with by the same command, on any number of devices.
+    """
 
 
 @app.command()
@@ -38,10 +95,12 @@ def perplexity(
         int | None, typer.Option(help="Tokens a segment, or a chunk when streaming; default: as in training.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Evaluate the first N documents only.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
+    batch_size: BatchSize = 8,
     out_dir: Annotated[
         Path | None,
-        typer.Option("--out", help="The folder for results.json and the plot; default: eval/perplexity in the run."),
+        typer.Option(
+            "--out", help="The folder for the results, gone on with if begun; default: eval/perplexity in the run."
+        ),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -53,16 +112,15 @@ def perplexity(
         ),
     ] = False,
     trust_remote_code: Trust = False,
+    state_control: Control = None,
 ) -> None:
     """Loss, perplexity and bits per byte on held-out text, and the loss by position.
 
-    Prints the figures with their standard error over documents, and writes results.json and loss_by_position.png.
+    Prints the figures with their standard error over documents, and writes samples.jsonl (a line a document: the same
+    command goes on where it was stopped), results.json and loss_by_position.png.
     Every token but a document's first is scored, given the tokens before it in its segment or, with --streaming, in
     the whole document.
     """
-    from dataclasses import replace
-
-    from rich.progress import track
     from rich.text import Text
 
     from riverrun.eval.documents import open_documents
@@ -72,21 +130,17 @@ def perplexity(
     from riverrun.eval.tasks import perplexity as task
 
     timer = Timer()
-    loaded = load_model(model, device=device, dtype=dtype, step=step, trust_remote_code=trust_remote_code)
+    loaded = load_model(
+        model, device=device, dtype=dtype, step=step, trust_remote_code=trust_remote_code, state_control=state_control
+    )
     documents = open_documents(data, loaded, limit)
-    shown = track(
-        documents.tokens,
-        "perplexity",
-        documents.num_documents,
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    )
-    result, record = task.run(
-        loaded, replace(documents, tokens=shown), seq_len=seq_len, batch_size=batch_size, streaming=streaming
-    )
-    folder = out_dir or Path(model if (Path(model) / "checkpoints").is_dir() else ".", "eval", "perplexity")
-    path = write_results(folder, [record], loaded, seed=0, batch_size=batch_size, timer=timer)
+    folder = out_dir or results_folder(model, "perplexity")
+    with progress_bar("perplexity") as progress:
+        result, record = task.run(
+            loaded, documents, folder,
+            seq_len=seq_len, batch_size=batch_size, streaming=streaming, progress=progress,
+        )  # fmt: skip
+    path = write_results(folder, [record], loaded, seed=0, batch_size=batch_size, timer=timer, limit=limit)
     plot_loss_by_position(result.by_position, folder / "loss_by_position.png", loaded.description)
 
     bits = record.metrics["bits_per_byte"]

@@ -19,7 +19,18 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Draw from the K likeliest tokens only.")] = None,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up this probability.")] = 0.95,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    decoding: Annotated[
+        str | None,
+        typer.Option(
+            help="Control of repetition, with its options, as dry:base=2: presence, repetition, no_repeat_ngram, dry, "
+            "lz or rpg, which change the logits before a token is drawn; typical or sample, which draw by their own "
+            "options alone; greedy or contrastive, which draw nothing."
+        ),
+    ] = None,
     num_samples: Annotated[int, typer.Option(help="Samples, drawn in parallel.")] = 1,
+    prefix: Annotated[
+        int, typer.Option(help="Tokens of the prompt that prefix linear attention reads without causality.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -31,12 +42,27 @@ def generate(
     The text goes to stdout (as it is made, for one sample on a terminal), speed and the size of the decoding state to
     stderr. The prompt may be longer than anything seen in training: recurrent layers need no more memory for it.
     """
+    import torch
+    from transformers import LogitsProcessorList
+
+    from riverrun.eval.decoding.complete import Unpadded
+    from riverrun.eval.decoding.contrastive import contrastive_search
+    from riverrun.eval.decoding.decode import require_forking
     from riverrun.eval.decoding.generate import Sampling
     from riverrun.eval.decoding.generate import generate as sample
+    from riverrun.eval.decoding.registry import parse_decoding
     from riverrun.eval.decoding.stream import TextPrinter, continuation
     from riverrun.eval.models import load_model
 
     sampling = Sampling(temperature, top_k, top_p, greedy)
+    chosen = None if decoding is None else parse_decoding(decoding)
+    if chosen is not None and (chosen.name == "greedy" or chosen.samples):
+        sampling = Sampling(temperature=1.0, top_p=1.0, greedy=chosen.name == "greedy")
+    searches = chosen is not None and chosen.name == "contrastive"
+    if searches and num_samples > 1:
+        raise ValueError(f"contrastive search finds one text: leave out --num-samples {num_samples}")
+    if searches and prefix:
+        raise ValueError(f"contrastive search reads prompts causally: leave out --prefix {prefix}")
     text = _prompt(prompt, prompt_file)
     loaded = load_model(model, device=device, dtype=dtype, step=step, trust_remote_code=trust_remote_code)
     tokenizer = loaded.require_tokenizer()
@@ -44,14 +70,24 @@ def generate(
     start = tokenizer.bos_id
     if not ids or (start is not None and not loaded.is_riverrun):
         ids = [tokenizer.eos_id if start is None else start, *ids]
-    live = num_samples == 1 and sys.stdout.isatty()
+    live = num_samples == 1 and sys.stdout.isatty() and not searches
     streamer = TextPrinter(tokenizer, ids, sys.stdout) if live else None
     if live:
         sys.stdout.write(text)
-    result = sample(
-        loaded.model, ids, sampling, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id, num_samples=num_samples,
-        seed=seed, streamer=streamer,
-    )  # fmt: skip
+    if searches:
+        assert chosen is not None
+        result = contrastive_search(
+            require_forking(loaded), ids, chosen.options, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id
+        )
+    else:
+        processors = None
+        if chosen is not None:
+            seen = torch.full((num_samples, len(ids)), int(chosen.sees_prompt))
+            processors = LogitsProcessorList([Unpadded(chosen.processors(tokenizer), seen)])
+        result = sample(
+            loaded.model, ids, sampling, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id,
+            num_samples=num_samples, seed=seed, streamer=streamer, processors=processors, prefix=prefix,
+        )  # fmt: skip
     for number, tokens in enumerate(result.tokens, 1):
         if num_samples > 1:
             print(f"--- sample {number} of {num_samples} ---")

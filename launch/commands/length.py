@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from riverrun.launch.commands.eval import Device, Dtype, Model, Step, Trust
-from riverrun.launch.console import err, out
+from riverrun.launch.commands.eval import BatchSize, Control, Device, Dtype, Model, Step, Trust, progress_bar
+from riverrun.launch.console import out
+from riverrun.launch.evaluation import results_folder
 
 
 def length(
@@ -27,25 +28,27 @@ def length(
     states: Annotated[
         int, typer.Option(help="Documents whose states are followed, Riverrun's models only; 0: none.")
     ] = 4,
-    batch_size: Annotated[int, typer.Option(help="Documents at a time.")] = 8,
+    batch_size: BatchSize = 8,
     out_dir: Annotated[
         Path | None,
-        typer.Option("--out", help="The folder for results.json and the plots; default: eval/length in the run."),
+        typer.Option(
+            "--out", help="The folder for the results, gone on with if begun; default: eval/length in the run."
+        ),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = None,
     step: Step = None,
     trust_remote_code: Trust = False,
+    state_control: Control = None,
 ) -> None:
     """Loss by position, far beyond the training length, and whether the model collapses, forgets or extrapolates there.
 
-    Writes results.json and length.png; and states.png, the norms of the recurrent states by layer and head and how much
+    Writes samples.jsonl (a line a document: the same command goes on where it was stopped), results.json and
+    length.png; and states.png, the norms of the recurrent states by layer and head and how much
     of the first token they retain. Give documents longer than twice the training length, or --concatenate.
     """
-    from dataclasses import replace
     from itertools import islice
 
-    from rich.progress import track
     from rich.text import Text
 
     from riverrun.eval.documents import open_documents
@@ -56,31 +59,30 @@ def length(
     from riverrun.modeling.model import RiverrunForCausalLM
 
     timer = Timer()
-    loaded = load_model(model, device=device, dtype=dtype, step=step, trust_remote_code=trust_remote_code)
-    documents = open_documents(data, loaded, limit)
-    shown = track(
-        documents.tokens, "length", documents.num_documents, console=err, transient=True, disable=not err.is_terminal
+    loaded = load_model(
+        model, device=device, dtype=dtype, step=step, trust_remote_code=trust_remote_code, state_control=state_control
     )
-    result, record = task.run(
-        loaded, replace(documents, tokens=shown), max_length=max_length, train_length=train_length,
-        chunk_len=chunk_len, batch_size=batch_size, concatenate=concatenate,
-    )  # fmt: skip
+    documents = open_documents(data, loaded, limit)
+    folder = out_dir or results_folder(model, "length")
+    with progress_bar("length") as progress:
+        result, record = task.run(
+            loaded, documents, folder, max_length=max_length, train_length=train_length, chunk_len=chunk_len,
+            batch_size=batch_size, concatenate=concatenate, progress=progress,
+        )  # fmt: skip
     records = [record]
     train_length = record.config["train_length"]
-    folder = out_dir or Path(model if (Path(model) / "checkpoints").is_dir() else ".", "eval", "length")
     if states > 0 and isinstance(loaded.model, RiverrunForCausalLM):
-        again = open_documents(data, loaded, limit)  # a store's documents can be read once
-        chosen = islice(task.sequences(again.tokens, max_length, concatenate), states)
+        chosen = islice(task.sequences(documents.tokens, max_length, concatenate), states)
         statistics = state_statistics.measure(
             loaded.model, chosen, train_length=train_length, chunk_len=chunk_len
         )  # fmt: skip
         config = {
             name: record.config[name] for name in ("max_length", "train_length", "concatenate", "data_fingerprint")
         }
-        records.append(state_statistics.summarize(statistics, again.available, config))
-        folder.mkdir(parents=True, exist_ok=True)
+        records.append(state_statistics.summarize(statistics, documents.available, config))
+    path = write_results(folder, records, loaded, seed=0, batch_size=batch_size, timer=timer, limit=limit)
+    if len(records) > 1:
         state_statistics.plot(statistics, folder / "states.png", loaded.description)
-    path = write_results(folder, records, loaded, seed=0, batch_size=batch_size, timer=timer)
     task.plot(result, train_length, folder / "length.png", loaded.description)
 
     out.print(Text(f"{loaded.description} on {data}: {result.verdict.verdict}"), soft_wrap=True)
@@ -111,8 +113,11 @@ def needle(
     haystack: Annotated[
         Path | None, typer.Option(help="A text file to hide the needles in; default: RULER's noise sentences.")
     ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Evaluate at most N samples of each kind, of every length and depth alike.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 42,
-    batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
+    batch_size: BatchSize = 8,
     out_dir: Annotated[
         Path | None,
         typer.Option(
@@ -123,13 +128,13 @@ def needle(
     dtype: Dtype = None,
     step: Step = None,
     trust_remote_code: Trust = False,
+    state_control: Control = None,
 ) -> None:
     """Recall of facts hidden in long texts, by length and depth: passkeys, RULER's needles, BABILong's facts.
 
     Writes samples.jsonl (a line as soon as a sample is finished: the same command goes on where it was stopped),
     results.json, and needle.png, a heat map of the accuracy.
     """
-    from rich.progress import Progress
     from rich.text import Text
 
     from riverrun.eval.harness import Timer, write_results
@@ -143,15 +148,13 @@ def needle(
         **{name: tuple(values) for name, values in chosen.items() if values},  # type: ignore[arg-type]
         samples=samples, seed=seed, haystack=haystack,
     )  # fmt: skip
-    loaded = load_model(model, device=device, dtype=dtype, step=step, trust_remote_code=trust_remote_code)
-    folder = out_dir or Path(model if (Path(model) / "checkpoints").is_dir() else ".", "eval", "needle")
-    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
-        shown = bar.add_task("needle")
-        records, results = task.run(
-            loaded, plan, folder, batch_size=batch_size,
-            progress=lambda done, total: bar.update(shown, completed=done, total=total),
-        )  # fmt: skip
-    path = write_results(folder, results, loaded, seed=seed, batch_size=batch_size, timer=timer)
+    loaded = load_model(
+        model, device=device, dtype=dtype, step=step, trust_remote_code=trust_remote_code, state_control=state_control
+    )
+    folder = out_dir or results_folder(model, "needle")
+    with progress_bar("needle") as progress:
+        records, results = task.run(loaded, plan, folder, batch_size=batch_size, limit=limit, progress=progress)
+    path = write_results(folder, results, loaded, seed=seed, batch_size=batch_size, timer=timer, limit=limit)
     task.plot(records, folder / "needle.png", loaded.description)
 
     out.print(Text(loaded.description), soft_wrap=True)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 TASKS = (
     "mqar, s3, s4, s5, a5, parity, modular_arithmetic, cycle_navigation, copying, reverse_string, bucket_sort, "
-    "stack_manipulation, missing_duplicate, n_parity or n_dms"
+    "stack_manipulation, missing_duplicate, set_disjointness, n_parity or n_dms"
 )
 T = TypeVar("T", int, float)
 

@@ -32,7 +32,7 @@ def greedily(model, prompt, **options):
 def test_greedy_equals_full_forwards(window, prompt, chunk, monkeypatch):
     """However the prompt is read."""
     model = hybrid(window)
-    monkeypatch.setattr(decoding.prefill, "__defaults__", (chunk,))
+    monkeypatch.setattr(decoding.prefill, "__defaults__", (chunk, 0))
     for num_samples in (1, 3):
         result = greedily(model, prompt, num_samples=num_samples)
         assert result.tokens == [likeliest(model, prompt, 12)] * num_samples

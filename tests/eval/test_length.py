@@ -40,10 +40,10 @@ def whole_losses(model, tokens):
 def test_the_streamed_curve_is_that_of_whole_forward_passes(chunk_len, batch_size, max_length):
     model = exact_hybrid()
     bounds = task.edges(max_length or 200, 24)
-    tally = task.PositionTally(bounds)
+    sums = task.OctavesAndBuckets(5, bounds)
     chosen = task.sequences(encoded(), max_length, False)
-    task.measure(model, chosen, tally, chunk_len=chunk_len, batch_size=batch_size)
-    curve = tally.curve()
+    task.measure(model, chosen, sums, chunk_len=chunk_len, batch_size=batch_size)
+    curve = task.Curve.of(bounds, sums.records())
     expected: dict[int, list[float]] = {}
     for tokens in encoded():
         for position, loss in enumerate(whole_losses(model, tokens[: (max_length or 10**9) + 1]), 1):
@@ -53,7 +53,7 @@ def test_the_streamed_curve_is_that_of_whole_forward_passes(chunk_len, batch_siz
         assert (bucket.first, bucket.last) == (bounds[k], bounds[k + 1] - 1)
         assert bucket.tokens == len(expected[k])
         assert bucket.loss == pytest.approx(np.mean(expected[k]), rel=1e-9)
-    assert curve.tokens.shape[0] == 5 and curve.tokens.sum() == tally.result().tokens
+    assert curve.tokens.shape[0] == 5 and curve.tokens.sum() == sum(record["tokens"] for record in sums.records())
 
 
 def test_buckets_are_quarters_of_octaves_from_the_training_length():
@@ -86,12 +86,12 @@ def test_documents_are_joined_and_cut():
 def planted(shape, documents=40, length=1024, T=128, noise=0.3, own=0.2, seed=0):
     """A curve whose expected loss at position t is shape(t / T), with a level of its own for each document."""
     rng = np.random.default_rng(seed)
-    tally = task.PositionTally(task.edges(length, T))
+    sums = task.OctavesAndBuckets(documents, task.edges(length, T))
     positions = np.arange(1, length + 1)
     for number in range(documents):
         losses = (shape(positions / T) + noise * rng.standard_normal(length)) * (1 + own * rng.uniform(-1, 1))
-        tally.add(losses, positions, np.full(length, number))
-    return tally.curve()
+        sums.add(losses, positions, np.full(length, number))
+    return task.Curve.of(task.edges(length, T), sums.records())
 
 
 def falling(u):
@@ -142,12 +142,12 @@ def test_a_flat_curve_is_rarely_called_anything_else():
 
 def test_long_documents_are_compared_with_themselves():
     """Those that go on beyond T have a higher loss everywhere: that is no forgetting."""
-    tally = task.PositionTally(task.edges(512, 128))
+    sums = task.OctavesAndBuckets(40, task.edges(512, 128))
     rng = np.random.default_rng(0)
     for number in range(40):
         length, level = (512, 4.0) if number < 20 else (128, 1.0)
-        tally.add(level + 0.1 * rng.standard_normal(length), np.arange(1, length + 1), np.full(length, number))
-    assert task.judge(tally.curve(), 128).verdict == "extrapolates"
+        sums.add(level + 0.1 * rng.standard_normal(length), np.arange(1, length + 1), np.full(length, number))
+    assert task.judge(task.Curve.of(task.edges(512, 128), sums.records()), 128).verdict == "extrapolates"
 
 
 def test_groups_of_documents_stand_for_many(monkeypatch):
@@ -315,15 +315,16 @@ def test_a_foreign_model_is_evaluated_up_to_its_limit(foreign, tmp_path):
     path.write_text("".join(json.dumps({"text": TEXT[i : i + 90]}) + "\n" for i in range(10)))
     loaded = load_model(foreign)
     options = {"train_length": 16, "chunk_len": 8, "batch_size": 3, "concatenate": False}
-    result, record = task.run(loaded, open_documents(path, loaded), max_length=None, **options)
+    result, record = task.run(loaded, open_documents(path, loaded), tmp_path / "a", max_length=None, **options)
     assert result.total.tokens == 10 * 64 and result.verdict.reach == 64
     documents = list(open_documents(path, loaded).tokens)
     expected = np.mean([whole_losses(loaded.model, tokens[:65]) for tokens in documents])
     assert record.metrics["loss"] == pytest.approx(expected, rel=1e-5)
-    joined, _ = task.run(loaded, open_documents(path, loaded), max_length=60, **{**options, "concatenate": True})
+    joining = {**options, "concatenate": True}
+    joined, _ = task.run(loaded, open_documents(path, loaded), tmp_path / "b", max_length=60, **joining)
     assert joined.total.tokens == 60 * (10 * 91 // 60)
     with pytest.raises(ValueError, match="at most 64 tokens"):
-        task.run(loaded, open_documents(path, loaded), max_length=65, **options)
+        task.run(loaded, open_documents(path, loaded), tmp_path / "c", max_length=65, **options)
 
 
 @pytest.mark.parametrize(
@@ -336,8 +337,8 @@ def test_a_foreign_model_is_evaluated_up_to_its_limit(foreign, tmp_path):
         (["--concatenate", "--max-length", "999999"], "lower --max-length"),
     ],
 )
-def test_mistakes_are_value_errors(args, message, saved, store):
-    result = invoke("length", "--model", saved, "--data", store, *args)
+def test_mistakes_are_value_errors(args, message, saved, store, tmp_path):
+    result = invoke("length", "--model", saved, "--data", store, "--out", tmp_path / "out", *args)
     assert isinstance(result.exception, ValueError) and message in str(result.exception)
 
 

@@ -293,7 +293,7 @@ def test_an_oracle_is_always_right_and_a_guess_by_chance(tmp_path):
     plan = Plan(tuple(KINDS), (1800, 2600), (0.0, 0.5, 1.0), 5, haystack=Path("given"))
     records = scored(tmp_path / "oracle", plan, oracle)
     assert len(records) == len(KINDS) * 2 * 3 * 5 and all(record.correct for record in records)
-    results = task.summarize(records, {})
+    results = task.summarize(records, {}, 30)
     assert [result.task for result in results] == list(KINDS)
     for result in results:
         assert result.metrics == {"accuracy": 1.0, "accuracy@1800": 1.0, "accuracy@2600": 1.0}

@@ -95,10 +95,11 @@ def test_streaming_needs_constant_memory(monkeypatch):
     assert len(sizes) == 20 and len(set(sizes[1:])) == 1
 
 
-def test_a_uniform_model_has_the_entropy_of_its_vocabulary(saved, store):
+def test_a_uniform_model_has_the_entropy_of_its_vocabulary(saved, store, tmp_path):
     loaded = load_model(saved)
     nn.init.zeros_(loaded.model.lm_head.weight)
-    result, record = task.run(loaded, open_documents(store, loaded), seq_len=16, batch_size=2, streaming=False)
+    documents = open_documents(store, loaded)
+    result, record = task.run(loaded, documents, tmp_path, seq_len=16, batch_size=2, streaming=False)
     assert result.loss == pytest.approx(math.log(V), rel=1e-6)
     assert result.perplexity == pytest.approx(V, rel=1e-5)
     assert all(bucket.loss == pytest.approx(math.log(V), rel=1e-6) for bucket in result.by_position)
@@ -199,16 +200,16 @@ def test_rows_are_filled_first_fit():
     assert second.cu_seqlens.tolist() == [0, 8] and second.input_ids.shape == (1, 8)
 
 
-def test_a_foreign_model_is_evaluated_by_rows(foreign, store):
+def test_a_foreign_model_is_evaluated_by_rows(foreign, store, tmp_path):
     loaded = load_model(foreign)
     assert not loaded.is_riverrun and loaded.seq_len == 64
     documents = open_documents(store, loaded)
-    result, _ = task.run(loaded, documents, seq_len=20, batch_size=2, streaming=False)
+    result, _ = task.run(loaded, documents, tmp_path, seq_len=20, batch_size=2, streaming=False)
     assert_same(result, plain_losses(loaded.model, encoded(), 20), tolerance=1e-5)
     with pytest.raises(ValueError, match="recurrent state"):
-        task.run(loaded, documents, seq_len=20, batch_size=2, streaming=True)
+        task.run(loaded, documents, tmp_path, seq_len=20, batch_size=2, streaming=True)
     with pytest.raises(ValueError, match="at most 64 tokens"):
-        task.run(loaded, documents, seq_len=65, batch_size=2, streaming=False)
+        task.run(loaded, documents, tmp_path, seq_len=65, batch_size=2, streaming=False)
     with pytest.raises(ValueError, match="need a Riverrun model"):
         evaluate(loaded.model, packed_batches(encoded(), 8, 2))
 

@@ -231,7 +231,7 @@ def test_the_promised_recipes_are_shipped():
         "quickstart", "mamba2-130m", "hybrid-130m", "para-lstm-400m", "para-gru-400m", "olmo-hybrid-1b", "mamba2-1.3b",
         "hybrid-7b", "slstm-400m", "para-gru-1b", "para-gru-3b", "para-gru-7b", "para-lstm-1b", "para-lstm-3b",
         "para-lstm-7b", "mamba2-2.7b", "gated-delta-product-1.3b", "mamba2-attention-7b", "gated-delta-attention-7b",
-        "riverrun-1b", "riverrun-7b",
+        "riverrun-1b", "riverrun-7b", "jrt-rnn-360m",
     }  # fmt: skip
 
 

@@ -15,12 +15,17 @@ from riverrun.eval.studies.tasks import TASKS, make_task
 SEQUENCES = [name for name, task in TASKS.items() if issubclass(task, SequenceTask)]
 MEMORY = [name for name, task in TASKS.items() if issubclass(task, MemoryTask)]
 LENGTH = 32
+PAIR = 4016  # a length of set_disjointness: its two sizes
 
 
 def sequences(name: str, **options) -> SequenceTask:
     task = make_task(name, options)
     assert isinstance(task, SequenceTask)
     return task
+
+
+def length_of(name: str) -> int:
+    return PAIR if name == "set_disjointness" else LENGTH
 
 
 def rows(name: str, length: int = LENGTH, count: int = 50, **options) -> list[tuple[list[int], list[int]]]:
@@ -47,12 +52,12 @@ class Fixed:
 
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_a_batch_is_a_function_of_its_coordinates(name):
-    task = sequences(name)
-    first = task.batch(TRAIN, 3, 5, 4, LENGTH)
-    again = task.batch(TRAIN, 3, 5, 4, LENGTH)
+    task, length = sequences(name), length_of(name)
+    first = task.batch(TRAIN, 3, 5, 4, length)
+    again = task.batch(TRAIN, 3, 5, 4, length)
     assert (first.inputs == again.inputs).all() and (first.targets == again.targets).all()
     for other in ((VALIDATION, 3, 5), (TEST, 3, 5), (TRAIN, 4, 5), (TRAIN, 3, 6)):
-        assert (task.batch(*other, 4, LENGTH).inputs != first.inputs).any()
+        assert (task.batch(*other, 4, length).inputs != first.inputs).any()
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
@@ -60,6 +65,7 @@ def test_a_batch_is_a_function_of_its_coordinates(name):
 def test_tokens_are_in_the_vocabulary_and_answers_among_the_answers(name, size):
     task = sequences(name)
     length = size or max(task.shortest, 4 if name == "mqar" else 1)
+    length += 1000 * length * (name == "set_disjointness" and size is not None)
     inputs, targets = task.batch(TRAIN, 0, 0, 16, length)
     assert inputs.shape == targets.shape and inputs.dtype == targets.dtype == np.int64
     assert inputs.min() >= 0 and inputs.max() < task.vocab_size(length)
@@ -69,7 +75,7 @@ def test_tokens_are_in_the_vocabulary_and_answers_among_the_answers(name, size):
     assert task.answers.stop <= task.vocab_size(length)
 
 
-@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize("name", [name for name in SEQUENCES if name != "set_disjointness"])
 def test_training_lengths(name):
     task = sequences(name)
     seen = {task.training_batch(0, step, 1, 8).inputs.shape[1] for step in range(60)}
@@ -79,13 +85,13 @@ def test_training_lengths(name):
 
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_the_right_answers_score_1_and_guesses_score_chance(name):
-    task, count = sequences(name), 1500
-    targets = task.batch(TEST, 0, 0, count, LENGTH).targets
-    oracle = evaluate(task, lambda inputs: targets, TEST, count, LENGTH)
+    task, count, length = sequences(name), 1500, length_of(name)
+    targets = task.batch(TEST, 0, 0, count, length).targets
+    oracle = evaluate(task, lambda inputs: targets, TEST, count, length)
     assert oracle.accuracy == oracle.exact == oracle.high == 1 and oracle.low > 0.99
     rng = np.random.default_rng(0)
     first, stop = task.answers.start, task.answers.stop
-    guess = evaluate(task, lambda inputs: rng.integers(first, stop, inputs.shape), TEST, count, LENGTH)
+    guess = evaluate(task, lambda inputs: rng.integers(first, stop, inputs.shape), TEST, count, length)
     error = 4 * np.sqrt(task.chance * (1 - task.chance) / count)
     assert guess.accuracy == pytest.approx(task.chance, abs=error)
 
@@ -286,3 +292,36 @@ def test_memory_guesses():
     assert labels.mean(0) == pytest.approx([0.5] * 3, abs=0.015)
     _, labels = NParity().batch(TEST, 0, 0, 20_000, range(2, 6))
     assert (1 - labels.mean(0)) == pytest.approx([0.5 + 1 / 6, 0.5, 0.5 + 1 / 10, 0.5], abs=0.015)
+
+
+# set disjointness
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_two_sets_share_exactly_the_target(passes):
+    places = set()
+    for inputs, targets in rows("set_disjointness", PAIR, 300, num_passes=passes):
+        once = 1 + 4 + 1 + 16
+        assert inputs[:once] * passes + [3] == inputs and inputs[0] == 1 and inputs[5] == 2
+        a, b = inputs[1:5], inputs[6:22]
+        assert len(set(a)) == 4 and len(set(b)) == 16 and min(a + b) >= 4 and max(a + b) < 2048
+        (shared,) = set(a) & set(b)
+        assert answers(targets) == [shared] and targets[-1] == shared
+        places.add((a.index(shared), b.index(shared)))
+    assert {i for i, _ in places} == set(range(4)) and {j for _, j in places} == set(range(16))
+
+
+def test_set_disjointness_trains_on_the_papers_pairs_and_names_its_lengths():
+    task = sequences("set_disjointness")
+    shapes = []
+    for step in range(400):
+        (line,) = task.training_batch(0, step, 1, task.defaults.train_length).inputs.tolist()
+        shapes.append((line.index(2) - 1, len(line) - line.index(2) - 2))
+    pairs = [(4, 16), (8, 32), (16, 64), (4, 128), (16, 256), (4, 256)]
+    assert set(shapes) == {*pairs, *((b, a) for a, b in pairs)}
+    assert len(task.defaults.test_lengths) == 20 and task.length_label(16_004) == "16+4"
+    assert task.problems((4016, task.defaults.train_length, *task.defaults.test_lengths)) == []
+    found = sequences("set_disjointness", vocabulary=20, num_passes=0).problems((32, 4016, 4000))
+    assert len(found) == 4
+    for message, expected in zip(found, ("num_passes=0", "no length 32: write", "at least 36 for a set of 16", "4000")):
+        assert expected in message
