@@ -246,7 +246,9 @@ def _truth(benchmark: Benchmark, inputs: Inputs, case: Case) -> tuple[Case, Inpu
     while True:
         cut = inputs if short.T == case.T else _cut(inputs, benchmark.sequences, short.T)
         try:
-            return short, cut, _outcome(benchmark.reference(leaves(cut, torch.float64), short), case.dtype)
+            exact = _outcome(benchmark.reference(leaves(cut, torch.float64), short), case.dtype)
+            torch.cuda.empty_cache()
+            return short, cut, exact
         except torch.OutOfMemoryError as error:  # autograd kept more than was estimated
             if short.T == 1:
                 raise

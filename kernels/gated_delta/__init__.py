@@ -8,7 +8,7 @@ from riverrun.kernels.gated_delta.reference import gated_delta_reference
 
 LARGEST, MOST_STEPS = 256, 64  # head size and Householder steps a token of the Triton kernels
 
-__all__ = ["gated_delta", "gated_delta_summary"]
+__all__ = ["gated_delta", "gated_delta_backend", "gated_delta_summary"]
 
 
 def gated_delta(
@@ -74,13 +74,7 @@ def gated_delta(
     if chunk_size < 1:
         raise ValueError(f"gated_delta: chunk_size must be at least 1, got {chunk_size}")
     scale = K**-0.5 if scale is None else scale
-    fits = max(K, V) <= LARGEST and n <= MOST_STEPS
-    if backend == "triton" and not fits:
-        raise ValueError(
-            f"gated_delta: the Triton kernels take K and V up to {LARGEST} and n up to {MOST_STEPS}, got K={K}, V={V}, "
-            f"n={n}; use backend='chunked'"
-        )
-    chosen = resolve_backend("gated_delta", backend, q, T, has_triton=fits)
+    chosen = gated_delta_backend(q, n, V, backend)
     with torch.autocast(q.device.type, enabled=False):
         if chosen == "reference":
             return gated_delta_reference(q, k, v, beta, g, scale, qk_l2norm, initial_state, cu_seqlens)
@@ -89,3 +83,19 @@ def gated_delta(
 
             return gated_delta_triton(q, k, v, beta, g, scale, qk_l2norm, initial_state, cu_seqlens, exact=beta_max > 1)
         return gated_delta_chunked(q, k, v, beta, g, scale, qk_l2norm, initial_state, cu_seqlens, chunk_size)
+
+
+def gated_delta_backend(q: torch.Tensor, n: int, V: int, backend: str = "auto") -> str:
+    """What runs for such a q (B, T, H, K).
+
+    Raises:
+        ValueError: see `gated_delta`.
+    """
+    T, K = q.shape[1], q.shape[3]
+    fits = max(K, V) <= LARGEST and n <= MOST_STEPS
+    if backend == "triton" and not fits:
+        raise ValueError(
+            f"gated_delta: the Triton kernels take K and V up to {LARGEST} and n up to {MOST_STEPS}, got K={K}, V={V}, "
+            f"n={n}; use backend='chunked'"
+        )
+    return resolve_backend("gated_delta", backend, q, T, has_triton=fits)

@@ -86,6 +86,27 @@ def delta_backward(
     return grad_q, grad_k, grad_v, grad_beta, grad_g, none if grad_initial is None else grad_initial
 
 
+def adjoint(
+    grad_o: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    g: torch.Tensor | None,
+    scale: float,
+    normalise: bool,
+    cu_seqlens: torch.Tensor | None,
+    exact: bool,
+) -> torch.Tensor:
+    """→ the gradient of the initial state (S, H, K, V) alone, where that of the final one is zero: one walk."""
+    launch = Launch.of(k, v, cu_seqlens, exact)
+    walks = Walks(launch, q, k, v, beta, prepare(launch, q, k, beta, g, scale, normalise, forward=False), False)
+    _, maps = walks.starts(None, both_ways=True)
+    *_, grad_initial = walks.adjoints(grad_o, None, maps, True)
+    assert grad_initial is not None
+    return grad_initial
+
+
 def check(
     k: torch.Tensor, v: torch.Tensor, gated: bool, normalise: bool, states: bool, packed: bool, exact: bool, back: bool
 ) -> None:
@@ -218,6 +239,13 @@ def gated_delta_triton(
     the host does not wait for them."""
     if cu_seqlens is not None and q.shape[0] != 1:
         raise ValueError(f"cu_seqlens describes documents packed into one row: expected batch size 1, got {q.shape[0]}")
+    initial_state = None if initial_state is None else initial_state.float().contiguous()
+    return _forward(*as_kernels_take(q, k, v, beta, g), scale, qk_l2norm, initial_state, cu_seqlens, exact)
+
+
+def as_kernels_take(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, g: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    """The same in the types and the order of memory that the kernels read."""
     q, k, v, beta = (x.contiguous() for x in (q, k.to(q.dtype), v.to(q.dtype), beta))
-    g, initial_state = (None if x is None else x.float().contiguous() for x in (g, initial_state))
-    return _forward(q, k, v, beta, g, scale, qk_l2norm, initial_state, cu_seqlens, exact)
+    return q, k, v, beta, None if g is None else g.float().contiguous()

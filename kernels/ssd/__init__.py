@@ -7,10 +7,9 @@ from riverrun.kernels.ssd.chunked import ssd_chunked, ssd_summary
 from riverrun.kernels.ssd.reference import ssd_reference
 from riverrun.kernels.ssd.steps import step_sizes
 
-__all__ = ["ssd", "ssd_summary"]
+__all__ = ["ssd", "ssd_backend", "ssd_summary"]
 
 LARGEST_P, LARGEST_N = 128, 256  # of the Triton kernels
-PROVEN = 64  # P and N from which they have been right on a GPU: "auto" leaves smaller ones to the chunked form there
 
 
 def ssd(
@@ -47,8 +46,7 @@ def ssd(
         dt_softplus: Δ is the softplus of that.
         initial_state: (S, H, P, N), zeros if None. S is the batch size, or the number of documents.
         cu_seqlens: (S + 1,) integers rising from 0 to T: the bounds of documents packed into a batch of one row.
-        backend: "auto", "reference", "chunked" or "triton" (see `resolve_backend`). "auto" is chunked on a GPU too
-            where P or N is below 64, which the Triton kernels have not been right with on one yet.
+        backend: "auto", "reference", "chunked" or "triton" (see `resolve_backend`).
         chunk_size: tokens a chunk in the chunked backend; changes speed, not the result.
 
     Returns:
@@ -76,14 +74,7 @@ def ssd(
         check_shape("ssd", "initial_state", initial_state, (num_sequences, H, P, N), "(S, H, P, N)")
     if chunk_size < 1:
         raise ValueError(f"ssd: chunk_size must be at least 1, got {chunk_size}")
-    fits = P <= LARGEST_P and N <= LARGEST_N
-    if backend == "triton" and not fits:
-        raise ValueError(
-            f"ssd: the Triton kernels take P up to {LARGEST_P} and N up to {LARGEST_N}, got P={P}, N={N}; use "
-            "backend='chunked'"
-        )
-    proven = fits and (backend == "triton" or min(P, N) >= PROVEN)
-    chosen = resolve_backend("ssd", backend, x, T, has_triton=proven)
+    chosen = ssd_backend(x, N, backend)
     with torch.autocast(x.device.type, enabled=False):
         if chosen == "triton":
             from riverrun.kernels.ssd.triton_op import ssd_triton
@@ -93,3 +84,19 @@ def ssd(
         if chosen == "reference":
             return ssd_reference(x, steps, A, B, C, D, initial_state, cu_seqlens)
         return ssd_chunked(x, steps, A, B, C, D, initial_state, cu_seqlens, chunk_size)
+
+
+def ssd_backend(x: torch.Tensor, N: int, backend: str = "auto") -> str:
+    """What runs for such an x (B, T, H, P).
+
+    Raises:
+        ValueError: see `ssd`.
+    """
+    T, P = x.shape[1], x.shape[3]
+    fits = P <= LARGEST_P and N <= LARGEST_N
+    if backend == "triton" and not fits:
+        raise ValueError(
+            f"ssd: the Triton kernels take P up to {LARGEST_P} and N up to {LARGEST_N}, got P={P}, N={N}; use "
+            "backend='chunked'"
+        )
+    return resolve_backend("ssd", backend, x, T, has_triton=fits)

@@ -97,6 +97,23 @@ def scan_backward(
     return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_bias, grad_initial
 
 
+def adjoint(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    bias: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    softplus: bool,
+) -> torch.Tensor:
+    """→ the gradient of the initial state (S, H, P, N) alone, where that of the final one is zero: one walk."""
+    launch = Launch.of(x, B, cu_seqlens)
+    walks = Walks(launch, Steps(launch, rows(dt), bias, A, softplus, x.shape[1]).make(), x.shape[1])
+    return walks.adjoint(rows(x), rows(B), rows(grad_y), rows(C))
+
+
 def _total(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(splits, 2, …) → (…): the sum, rounded once."""
     if len(parts) > 1:
@@ -235,7 +252,19 @@ def ssd_triton(
     """`riverrun.kernels.ssd.ssd`. The values of `cu_seqlens` are not checked: the host does not wait for them."""
     if cu_seqlens is not None and x.shape[0] != 1:
         raise ValueError(f"cu_seqlens describes documents packed into one row: expected batch size 1, got {x.shape[0]}")
-    B, C = B.to(x.dtype), C.to(x.dtype)
-    A = A.float().contiguous()
-    D, dt_bias, initial_state = (t if t is None else t.float().contiguous() for t in (D, dt_bias, initial_state))
-    return _forward(x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens, dt_softplus)
+    initial_state = initial_state if initial_state is None else initial_state.float().contiguous()
+    return _forward(*as_kernels_take(x, dt, A, B, C, D, dt_bias), initial_state, cu_seqlens, dt_softplus)
+
+
+def as_kernels_take(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """The same in the types that the kernels read."""
+    D, dt_bias = (t if t is None else t.float().contiguous() for t in (D, dt_bias))
+    return x, dt, A.float().contiguous(), B.to(x.dtype), C.to(x.dtype), D, dt_bias

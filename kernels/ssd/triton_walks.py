@@ -92,6 +92,17 @@ class Walks:
             grad_initial = None
         return self._chunk_states(grad_y, C, grad_final, grad_initial, backward=True)
 
+    def adjoint(self, x: torch.Tensor, B: torch.Tensor, grad_y: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
+        """→ the adjoint of the initial state, (S, H, P, N), where that of the final one is zero; nothing in between."""
+        segments = self.launch.segments
+        found = self._new_states(self.launch.chunks.num_sequences)
+        self._walk(grad_y, C, None, None, found, None, backward=True)
+        if segments is None:
+            return found
+        whole = self._new_states(len(segments.first) - 1)
+        self._between(found, self._maps(x, B)[1], None, whole, backward=True)
+        return whole
+
     def _walk(
         self,
         x: torch.Tensor,

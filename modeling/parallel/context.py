@@ -225,6 +225,13 @@ class Context:
         states = incoming.new_zeros(len(self.cu_seqlens) - 1, *incoming.shape[1:])
         return states.index_copy(0, self.first, incoming)
 
+    def final(self, leaving: torch.Tensor) -> torch.Tensor:
+        """The same for what belongs to the rows' ends: (B, …) → (S, …), zeros where a document ends."""
+        if self.cu_seqlens is None:
+            return leaving
+        states = leaving.new_zeros(len(self.cu_seqlens) - 1, *leaving.shape[1:])
+        return states.index_copy(0, self.last, leaving)
+
     def takes_heads(self, heads: int, cheaper: bool) -> bool:
         """Whether a linear recurrence of that many heads is to move them, where `cheaper` says what "auto" would.
 
@@ -246,16 +253,44 @@ class Context:
             transfer: (B, …) how such a state depends on the one before the piece: state = apply(transfer, before) +
                 added. It counts only where the piece is the whole shard, so never if `chain` is 0; None: not at all.
         """
+        parts, transfers, gathered = self._gather(added, transfer)
+        state = torch.zeros_like(added)
+        for r in range(self.axis.rank):
+            state = self._through(r, parts[r], transfers[r], state, apply)
+        state = torch.where(self.mask(self.joins[self.axis.rank], state), state, 0)
+        return depend(state, gathered)  # on the first rank too: the gathering's backward pass is a collective
+
+    def leaving(self, adjoints: torch.Tensor, transfer: torch.Tensor | None, apply: Apply = torch.mul) -> torch.Tensor:
+        """The adjoints (B, …) of the states that leave this shard, zeros where nothing follows: `incoming` backwards.
+
+        Args:
+            adjoints: (B, …) of the states that enter the rows, when nothing that leaves them counts.
+            transfer: (B, …) as in `incoming`, whose adjoint `apply` takes.
+        """
+        parts, transfers, _ = self._gather(adjoints, transfer)
+        state = torch.zeros_like(adjoints)
+        for r in range(self.axis.size - 1, self.axis.rank, -1):
+            state = self._through(r, parts[r], transfers[r], state, apply)
+            state = torch.where(self.mask(self.joins[r], state), state, 0)
+        return state
+
+    def _gather(
+        self, added: torch.Tensor, transfer: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor | None], torch.Tensor]:
+        """All ranks' `added` and `transfer` (size, B, …), and the tensor that both are parts of."""
         numbers = added[0].numel()
         both = [added.flatten(1)] + ([transfer.flatten(1).to(added.dtype)] if transfer is not None else [])
         gathered = all_gather(torch.cat(both, dim=1)[None], self.axis)  # (size, B, numbers of both)
         parts = gathered[..., :numbers].unflatten(-1, added.shape[1:])
-        state = torch.zeros_like(added)
-        for r in range(self.axis.rank):
-            passed = None
-            if transfer is not None and any(self.passes[r]):
-                passed = apply(gathered[r, :, numbers:].unflatten(-1, transfer.shape[1:]), state)
-                passed = torch.where(self.mask(self.passes[r], passed), passed, 0)
-            state = parts[r] if passed is None else parts[r] + passed
-        state = torch.where(self.mask(self.joins[self.axis.rank], state), state, 0)
-        return depend(state, gathered)  # on the first rank too: the gathering's backward pass is a collective
+        if transfer is None:
+            return parts, [None] * self.axis.size, gathered
+        return parts, gathered[..., numbers:].unflatten(-1, transfer.shape[1:]), gathered
+
+    def _through(
+        self, rank: int, added: torch.Tensor, transfer: torch.Tensor | None, state: torch.Tensor, apply: Apply
+    ) -> torch.Tensor:
+        """A state, or an adjoint, on the other side of a shard."""
+        if transfer is None or not any(self.passes[rank]):
+            return added
+        passed = apply(transfer, state)
+        return added + torch.where(self.mask(self.passes[rank], passed), passed, 0)

@@ -10,8 +10,9 @@ from functools import partial
 import torch
 
 from riverrun.kernels.diagonal_scan import diagonal_scan, diagonal_scan_summary
-from riverrun.kernels.gated_delta import gated_delta, gated_delta_summary
-from riverrun.kernels.ssd import ssd, ssd_summary
+from riverrun.kernels.gated_delta import gated_delta, gated_delta_backend, gated_delta_summary
+from riverrun.kernels.ssd import ssd, ssd_backend, ssd_summary
+from riverrun.modeling.parallel.carried import carried
 from riverrun.modeling.parallel.collectives import all_gather
 from riverrun.modeling.parallel.context import Context
 from riverrun.modeling.parallel.heads import from_heads, shares_heads, to_heads
@@ -24,15 +25,16 @@ def context_ssd(
     A: torch.Tensor,
     B: torch.Tensor,
     C: torch.Tensor,
-    D: torch.Tensor,
+    D: torch.Tensor | None = None,
     *,
-    dt_bias: torch.Tensor,
+    dt_bias: torch.Tensor | None = None,
+    dt_softplus: bool = True,
     chunk_size: int,
 ) -> torch.Tensor:
-    """`ssd` with softplus of dt + dt_bias, of rows that several ranks share: this rank's y. x (B, T, H, P), or
+    """`ssd` of rows that several ranks share: this rank's y. x (B, T, H, P), or
     (1, B·T, H, P) if documents begin inside rows, and so the others."""
     (H, P), (G, N) = x.shape[2:], B.shape[2:]
-    op = partial(ssd, dt_softplus=True, chunk_size=chunk_size)
+    op = partial(ssd, dt_softplus=dt_softplus, chunk_size=chunk_size)
     if not context.connected:
         return op(x, dt, A, B, C, D, dt_bias=dt_bias, cu_seqlens=context.cu_seqlens)[0]
     size = context.axis.size
@@ -43,10 +45,17 @@ def context_ssd(
         mine = context.axis.share(H)
         B, C = (_groups(t, context) for t in (B, C))
         x, dt = to_heads(x, context, 2), to_heads(dt, context, 2)
-        y, _ = op(x, dt, A[mine], B, C, D[mine], dt_bias=dt_bias[mine], cu_seqlens=context.row_bounds)
+        D, dt_bias = (t if t is None else t[mine] for t in (D, dt_bias))
+        y, _ = op(x, dt, A[mine], B, C, D, dt_bias=dt_bias, cu_seqlens=context.row_bounds)
         return from_heads(y, context, 2)
+    if ssd_backend(x, N) == "triton":
+        from riverrun.kernels.ssd.triton_carried import CarriedSSD
+        from riverrun.kernels.ssd.triton_op import as_kernels_take
+
+        u, raw, a, b, c, d, bias = as_kernels_take(x, dt, A, B, C, D, dt_bias)
+        return carried(context, CarriedSSD(dt_softplus), u, raw, b, c, a, d, bias, tokens=4)
     decay, added = ssd_summary(
-        context.tail(x), context.tail(dt), A, context.tail(B), dt_bias=dt_bias, dt_softplus=True,
+        context.tail(x), context.tail(dt), A, context.tail(B), dt_bias=dt_bias, dt_softplus=dt_softplus,
         cu_seqlens=context.tail_seqlens, chunk_size=chunk_size,
     )  # fmt: skip
     initial = context.initial(context.incoming(added, decay[..., None, None] if context.chain else None))
@@ -97,6 +106,12 @@ def context_gated_delta(
         q, k, v, beta = (to_heads(t, context, dim) for t, dim in ((q, 2), (k, 3), (v, 3), (beta, 3)))
         g = None if g is None else to_heads(g, context, 2)
         return from_heads(op(q, k, v, beta, g, cu_seqlens=context.row_bounds)[0], context, 2)
+    if gated_delta_backend(q, n, V) == "triton":
+        from riverrun.kernels.gated_delta.triton_carried import CarriedGatedDelta
+        from riverrun.kernels.gated_delta.triton_op import as_kernels_take
+
+        inputs = as_kernels_take(q, k, v, beta, g)
+        return carried(context, CarriedGatedDelta(K**-0.5, beta_max > 1), *inputs, tokens=5)
     transfer, added = gated_delta_summary(
         context.tail(k), context.tail(v), context.tail(beta), None if g is None else context.tail(g), qk_l2norm=True,
         cu_seqlens=context.tail_seqlens, with_transfer=context.chain > 0, chunk_size=chunk_size,

@@ -67,7 +67,19 @@ def test_strong_decay_in_segments():
 
 
 @pytest.mark.parametrize(
-    "P, N, D", [(64, 64, None), (128, 128, "H"), (32, 16, "HP"), (64, 256, "H"), (128, 256, None), (96, 80, "HP")]
+    "P, N, D",
+    [
+        (64, 64, None),
+        (128, 128, "H"),
+        (64, 256, "H"),
+        (128, 256, None),
+        (96, 80, "HP"),
+        (32, 16, "HP"),
+        (32, 128, "H"),
+        (64, 16, None),
+        (16, 16, "H"),
+        (8, 200, None),
+    ],
 )
 def test_head_sizes(P, N, D):
     assert worst(make_inputs(2, 200, P=P, N=N, D=D)) < 2e-2

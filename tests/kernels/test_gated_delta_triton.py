@@ -37,9 +37,9 @@ def run(inputs, dtype=None, **options):
     return [o, final, *torch.autograd.grad((o, final), [x for x in leaves if x is not None], upstream)]
 
 
-def errors(inputs, **options):
+def errors(inputs, backend="triton", **options):
     want = run(inputs, torch.float64, backend="reference", **{k: v for k, v in options.items() if k != "beta_max"})
-    got = run(inputs, backend="triton", **options)
+    got = run(inputs, backend=backend, **options)
     return [((a - b).norm() / b.norm().clamp_min(1e-9)).item() for a, b in zip(got, want)]
 
 
@@ -75,9 +75,11 @@ def test_steps_of_one_size(beta, chunk):
     inputs = make_inputs(1, 70, H=1, gate=None, beta=beta)
     inputs[1][:, 10:60] = inputs[1][:, 10:11]  # repeated keys
     inputs[1].copy_(torch.nn.functional.normalize(inputs[1], dim=-1))
-    assert max(errors(inputs)) < 1e-5
-    if beta < 2:  # without norms in the kernel
-        assert max(errors(inputs, qk_l2norm=False)) < 1e-5
+    if beta == 2:  # reflections keep every rounding error, whose size depends on the order of the processor's sums
+        assert max(errors(inputs)) < 4 * max(errors(inputs, "chunked"))
+    else:
+        assert max(errors(inputs)) < 1e-5
+        assert max(errors(inputs, qk_l2norm=False)) < 1e-5  # without norms in the kernel
 
 
 @pytest.mark.parametrize("bounds", [[0, 1, 2, 19, 40], [0, 16, 17, 40], [0, 39, 40], [0, 40]])
@@ -87,7 +89,7 @@ def test_documents(bounds, chunk):
     assert max(errors(inputs, cu_seqlens=torch.tensor(bounds))) < 1e-5
 
 
-@pytest.mark.parametrize("B, T, bounds", [(2, 150, None), (1, 150, [0, 1, 2, 70, 71, 150]), (1, 150, [0, 150])])
+@pytest.mark.parametrize("B, T, bounds", [(2, 102, None), (1, 102, [0, 1, 2, 49, 50, 102]), (1, 102, [0, 102])])
 @pytest.mark.parametrize("K, V, n", [(16, 16, 1), (48, 32, 2)])
 def test_segments(B, T, bounds, K, V, n, chunk, monkeypatch):
     """Walked side by side where sequences are few: several segments a sequence, of several chunks."""

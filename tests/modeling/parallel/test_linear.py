@@ -11,6 +11,7 @@ from riverrun.kernels.causal_conv1d import causal_conv1d
 from riverrun.kernels.diagonal_scan import diagonal_scan
 from riverrun.kernels.gated_delta import gated_delta
 from riverrun.kernels.ssd import ssd
+from riverrun.modeling.parallel import linear
 from riverrun.modeling.parallel.context import Context
 from riverrun.modeling.parallel.conv import context_conv1d
 from riverrun.modeling.parallel.linear import context_diagonal_scan, context_gated_delta, context_ssd
@@ -241,3 +242,24 @@ def test_a_group_that_all_ranks_need_goes_to_all():
 )
 def test_heads_that_do_not_divide_stay(call):
     assert crossover(4, call) == 1
+
+
+def in_triton(name, bounds, cp):
+    """A part, its recurrence run by Triton's interpreter."""
+    with (
+        mock.patch.object(linear, "ssd_backend", lambda *_: "triton"),
+        mock.patch.object(linear, "gated_delta_backend", lambda *_: "triton"),
+    ):
+        return part(name, bounds, cp, "states", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "bounds", "cp"),
+    [
+        ("ssd of two groups", "one document a row", 4),  # states pass through shards
+        ("gated_delta", "a document over all shards, and a short one", 2),
+    ],
+)
+def test_kernels_carry_states_and_adjoints(ranks, name, bounds, cp):
+    results = ranks(cp).run(in_triton, name, LAYOUTS[bounds], cp)
+    rows.assert_parts_make_the_whole(results, CASES[name], LAYOUTS[bounds], torch.float32, rtol=3e-5)
