@@ -50,7 +50,8 @@ class Recurrence(Protocol):
 def carried(context: Context, recurrence: Recurrence, *inputs: torch.Tensor | None, tokens: int) -> torch.Tensor:
     """This rank's outputs. The first `tokens` of the inputs are (B, T, …), or (1, B·T, …) where documents begin inside
     rows; the others belong to the whole."""
-    return _Carried.apply(context, recurrence, tokens, *inputs)
+    with torch.autocast(context.device.type, enabled=False):  # states are float32
+        return _Carried.apply(context, recurrence, tokens, *inputs)
 
 
 class _Carried(torch.autograd.Function):
