@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml
 install: $(VENV)/.installed  ## make the virtual environment and install Riverrun into it
 
 test: install  ## all tests that run without a GPU (tests/gpu skips itself)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 
 test-gpu:  ## the GPU tests, in the environment that is active
 	python -m pytest -q -m gpu tests/gpu

@@ -26,9 +26,10 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks() -> Iterator[Callable[[int], Group]]:
-    """`ranks(n)`: n gloo ranks, the same ones in every test."""
+    """`ranks(n)`: n gloo ranks, the same ones in every test of a file. Idle ones are not kept for other files: gloo
+    wakes up 100 times a second for each process group of a rank, which took a third of two cores."""
     groups: dict[int, Group] = {}
 
     def of(world: int) -> Group:

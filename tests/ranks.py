@@ -1,11 +1,10 @@
-"""Groups of ranks that stay alive for a whole test session, so that a distributed test costs no start-up."""
+"""Groups of ranks that stay alive for a whole file of tests, so that most distributed tests cost no start-up."""
 
 import functools
 import io
 import multiprocessing
 import os
 import pickle
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,7 +17,22 @@ from torch import distributed as dist
 
 from riverrun.modeling.parallel.mesh import Mesh
 
-PRELOAD = ["torch.distributed.device_mesh", "riverrun.modeling.model"]  # imported once, in the server that forks ranks
+# imported once, in the server that forks the ranks; a session has one, so that these are training's ranks' too
+PRELOAD = [
+    "torch.distributed.device_mesh", "riverrun.modeling.model", "deepspeed.runtime.engine", "matplotlib.pyplot",
+    "riverrun.train.loop",
+]  # fmt: skip
+
+
+def meeting_place() -> dist.TCPStore:
+    """Where the ranks of one group find each other, for as long as it is kept. It takes its port itself: one that is
+    only known to be free may be another's by the time that rank 0 listens there."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def meet_at(port: int) -> None:
+    """On a rank: the process group is to meet at its parent's store, as under torchrun."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
 
 
 class Group:
@@ -30,15 +44,15 @@ class Group:
     def __init__(self, world: int, backend: str = "gloo"):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        self.store = meeting_place()
         self.pipes, self.processes = [], []
         # for the server, to which Python 3.11 does not hand on the path
         with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
             for rank in range(world):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, rank, world, port, backend), daemon=True)
+                process = context.Process(
+                    target=_serve, args=(theirs, rank, world, self.store.port, backend), daemon=True
+                )
                 process.start()
                 self.pipes.append(ours)
                 self.processes.append(process)
@@ -70,7 +84,7 @@ def mesh(cp: int = 1, tp: int = 1, device: str = "cpu") -> Mesh:
 
 def _serve(pipe, rank: int, world: int, port: int, backend: str) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    meet_at(port)
     # when one rank fails, the others wait that long for it before they fail too
     if backend == "nccl":
         torch.cuda.set_device(rank)

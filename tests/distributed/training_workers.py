@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -18,10 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import deepspeed.runtime.engine  # noqa: F401 - slow to import: once, in the server
-import matplotlib.pyplot  # noqa: F401
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 from deepspeed.runtime.zero.muon import original_muon
 from torch import nn
@@ -35,6 +31,7 @@ from riverrun.train.data.packing import Batch
 from riverrun.train.inputs import Inputs
 from riverrun.train.objectives.objective import Objective
 from riverrun.train.shards import Shards
+from tests.ranks import PRELOAD, meet_at, meeting_place
 
 VOCAB, WIDTH, ROWS, LENGTH, MICRO_BATCHES, STEPS = 32, 16, 2, 9, 4, 4
 LR, MUON_LR, CLIP, DECAY, Z_LOSS = 1e-2, 2e-2, 0.5, 0.1, 1e-3
@@ -55,18 +52,18 @@ def start(
 ) -> list[multiprocessing.Process]:
     """Runs `function(ranks, *args)` in `world` processes of one process group; their output goes to `log`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_workers"])
+    context.set_forkserver_preload(PRELOAD)
     paths = [str(Path(__file__).parent), *filter(None, sys.path)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = meeting_place()
     processes = [
-        context.Process(target=_rank, args=(function, args, rank, world, cp, tp, port, log)) for rank in range(world)
+        context.Process(target=_rank, args=(function, args, rank, world, cp, tp, store.port, log))
+        for rank in range(world)
     ]
     # for the server, to which Python 3.11 does not hand on the path; later tests keep their own environment
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
         for process in processes:
             process.start()
+    processes[0].store = store  # type: ignore[attr-defined] # kept as long as they are
     return processes
 
 
@@ -77,7 +74,7 @@ def run(function: Callable[..., None], *args: Any, **layout: Any) -> list[int | 
         if any(p.exitcode == -signal.SIGKILL for p in processes):
             for process in processes:
                 process.kill()
-        processes[0].join(0.05)
+        time.sleep(0.02)
     return [p.exitcode for p in processes]
 
 
@@ -86,7 +83,7 @@ def read(log: Path) -> str:
 
 
 def _rank(function, args, rank, world, cp, tp, port, log):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    meet_at(port)
     torch.set_num_threads(1)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)

@@ -21,6 +21,8 @@ class Alone:
 
 
 class FakeEngine:
+    states = None
+
     def __init__(self, error=None):
         self.error = error
 

@@ -88,9 +88,7 @@ def batch():
     return ids, targets
 
 
-def part(
-    shape: Shape, cp: int, tp: int, recompute: bool, bounds: list[int], linear="auto", attention="auto", prefix=0
-):
+def part(shape: Shape, cp: int, tp: int, recompute: bool, bounds: list[int], linear="auto", attention="auto", prefix=0):
     """On a rank: its part of the loss and its parameters' gradients."""
     mesh = mesh_of(cp, tp)
     torch.manual_seed(0)
