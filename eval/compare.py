@@ -194,11 +194,11 @@ def mcnemar(b: int, c: int, n: int) -> tuple[tuple[float, float], float]:
 
 
 def _columns(samples: dict[Key, dict[str, Any]], metric: SampleMetric) -> dict[Key, tuple[float, float]]:
-    """Value and weight of the samples that count for a metric."""
+    """Value and weight of the samples that count for a metric, and for which it is defined."""
     return {
         key: (float(record[metric.value]), 1.0 if metric.weight is None else float(record[metric.weight]))
         for key, record in samples.items()
-        if all(record.get(name) == value for name, value in metric.where.items())
+        if all(record.get(name) == value for name, value in metric.where.items()) and record[metric.value] is not None
     }
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from riverrun.kernels.causal_conv1d import causal_conv1d
 from riverrun.modeling.layout import Layout
-from riverrun.modeling.parallel.conv import context_conv1d
+from riverrun.modeling.parallel.conv import with_inputs_before
 from riverrun.modeling.projection import project
 
 
@@ -28,10 +28,11 @@ class RMSNorm(nn.Module):
 
 
 class ShortConv(nn.Module):
-    """Depthwise causal convolution over time, followed by SiLU."""
+    """Depthwise causal convolution over time, followed by SiLU. Called by `short_convs`."""
 
     def __init__(self, dim: int, kernel: int, bias: bool):
         super().__init__()
+        self.taps = kernel
         self.weight = nn.Parameter(torch.empty(dim, kernel))
         self.bias = nn.Parameter(torch.empty(dim)) if bias else None
 
@@ -41,17 +42,30 @@ class ShortConv(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: torch.Tensor, layout: Layout, states: dict[str, torch.Tensor] | None, name: str):
-        """x (B, T, dim), flattened if packed; reads and writes the tail `states[name]` (B, kernel − 1, dim)."""
-        if layout.context is not None:
-            return context_conv1d(layout.context, x, self.weight, self.bias, "silu")
-        initial = layout.initial(states, name)
-        x, tail = causal_conv1d(
-            x, self.weight, self.bias, activation="silu", initial_state=initial, cu_seqlens=layout.cu_seqlens
-        )
+    def forward(self, x: torch.Tensor, initial: torch.Tensor | None, cu_seqlens: torch.Tensor | None):
+        """x (B, T, dim), and the inputs before each sequence (S, taps − 1, dim) → the same, and the last inputs."""
+        return causal_conv1d(
+            x, self.weight, self.bias, activation="silu", initial_state=initial, cu_seqlens=cu_seqlens
+        )  # fmt: skip
+
+
+def short_convs(
+    layout: Layout, states: dict[str, torch.Tensor] | None, **convs: tuple[ShortConv, torch.Tensor]
+) -> list[torch.Tensor]:
+    """Convolutions of one mixer, each of its own input (B, T, dim), flattened if packed; they read and write the last
+    inputs `states[name]` (B, taps − 1, dim). All have equally many taps."""
+    if layout.context is not None:
+        taps = {conv.taps for conv, _ in convs.values()}
+        inputs = with_inputs_before(layout.context, [x for _, x in convs.values()], *taps)
+        bounds = layout.context.cu_seqlens
+        return [conv(x, before, bounds)[0] for (conv, _), (x, before) in zip(convs.values(), inputs)]
+    outputs = []
+    for name, (conv, x) in convs.items():
+        y, tail = conv(x, layout.initial(states, name), layout.cu_seqlens)
         if states is not None:
             states[name] = layout.last(tail)
-        return x
+        outputs.append(y)
+    return outputs
 
 
 class SwiGLU(nn.Module):

@@ -81,7 +81,7 @@ def cells(study: Study, finished: list[Finished]) -> list[tuple[str, list[list[s
             [result.score for run, result in finished if run.mixer == mixer and run.learning_rate == rate]
             for rate in study.learning_rates
         ]
-        sweep.append([mixer, *(f"{mean(each):.3g}" for each in scores)])
+        sweep.append([mixer, *(f"{mean(each):.3g}" if each else "–" for each in scores)])
     at = "" if isinstance(task, MemoryTask) else f" at length {task.length_label(study.train_length)}"
     tables.append((f"{score}{at} by learning rate, {number}", sweep))
     return tables
@@ -109,9 +109,11 @@ def rich_tables(study: Study, finished: list[Finished]) -> list[Table]:
 
 
 def write_report(study: Study, finished: list[Finished], folder: Path) -> None:
-    """Write study.md and study.png into the folder."""
+    """Write study.md and study.png into the folder. Runs may be missing, but not all."""
     options, by_owner = ("task_options", "mixer_options"), {study.task: study.task_options} | study.mixer_options
     lines = [f"# {study.task}", "", f"![accuracy over length]({PLOT})", ""]
+    if len(finished) < len(study.runs()):
+        lines += [f"{len(finished)} of {len(study.runs())} runs, so far.", ""]
     for title, (header, *body) in cells(study, finished):
         lines += [title, "", _line(header), _line(["---"] + ["---:"] * (len(header) - 1)), *map(_line, body), ""]
     lines += [

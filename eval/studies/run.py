@@ -34,8 +34,9 @@ class Run:
 
     Attributes:
         mixer_options: those that differ from the mixer's defaults, or from `SMALL`.
-        validate_every: held-out accuracy at the training length is measured that often; three times 1.0 in a row end
-            the training. A curriculum goes on to its next N then.
+        validate_every: held-out accuracy at the training length is measured that often; a curriculum goes on to its
+            next N where it is high.
+        patience: so many times 1.0 in a row end the training, 0: never. A curriculum ends when all N are learnt.
         held_out_rows: sequences of each held-out measurement.
     """
 
@@ -53,6 +54,7 @@ class Run:
     held_out_rows: int
     task_options: dict[str, Any] = field(default_factory=dict)
     mixer_options: dict[str, Any] = field(default_factory=dict)
+    patience: int = 3
     version: int = VERSION
 
     def key(self) -> str:
@@ -94,6 +96,8 @@ class Run:
         """Raises ValueError with everything that makes the run impossible."""
         positive = ("layers", "width", "steps", "batch_size", "train_length", "validate_every", "held_out_rows")
         found = [f"{n}={getattr(self, n)} must be at least 1" for n in positive if getattr(self, n) < 1]
+        if self.patience < 0:
+            found.append(f"patience={self.patience} must be at least 1, or 0 to train all steps")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             found.append(f"the learning rate {self.learning_rate} must be positive")
         found += self.make_task().problems((self.train_length, *self.test_lengths))

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -13,6 +13,7 @@ import torch
 from riverrun.eval.lines import whole_lines
 from riverrun.eval.studies.fit import Progress
 from riverrun.eval.studies.run import VERSION, Result, Run
+from riverrun.eval.studies.side_by_side import train_side_by_side
 from riverrun.eval.studies.trainer import train
 from riverrun.train.data.store import write_atomically
 
@@ -37,6 +38,7 @@ class Study:
     held_out_rows: int
     task_options: dict[str, Any] = field(default_factory=dict)
     mixer_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    patience: int = 3
     version: int = VERSION
 
     def runs(self) -> list[Run]:
@@ -53,7 +55,7 @@ class Study:
             name: getattr(self, name)
             for name in (
                 "task", "layers", "width", "steps", "batch_size", "train_length", "test_lengths", "validate_every",
-                "held_out_rows", "task_options", "version",
+                "held_out_rows", "task_options", "patience", "version",
             )
         }  # fmt: skip
         found = [
@@ -80,31 +82,44 @@ def run_study(
     device: torch.device,
     progress: Progress = lambda step, words: None,
     started: Callable[[Run, int, int], None] = lambda run, index, count: None,
+    kept: Callable[[list[Finished], int], None] = lambda finished, missing: None,
+    jobs: int = 1,
 ) -> list[Finished]:
     """Train what `folder` does not hold yet, and return all runs of the study in order.
 
-    Each finished run is a line of `folder`/runs.jsonl, on disk before the next one starts. One process a folder.
+    Each finished run is a line of `folder`/runs.jsonl, on disk as soon as it ends. One call at a time a folder.
 
     Args:
-        progress: called at each validation of a run.
-        started: called before a run is trained, with its place among those to train and their number.
+        progress: called at each validation of a run, if `jobs` is 1.
+        started: called before a run is trained, with its place among those to train and their number, if `jobs` is 1.
+        kept: called after a run is on disk, with all that are, in order, and the number of those to come.
+        jobs: runs at a time, each in a process of its own if there are several.
 
     Raises:
         ValueError: the folder holds another study, or a run is impossible.
+        RuntimeError: runs failed that were trained beside others; after those ended.
     """
+    if jobs < 1:
+        raise ValueError(f"jobs={jobs} must be at least 1")
     runs = study.runs()
     claim(study, folder)
     done = finished_results(folder)
     missing = [run for run in runs if run.key() not in done]
-    for index, run in enumerate(missing):
-        started(run, index, len(missing))
-        result = train(run, device, progress)
+
+    def one_by_one() -> Iterator[tuple[Run, Result]]:
+        for index, run in enumerate(missing):
+            started(run, index, len(missing))
+            yield run, train(run, device, progress)
+
+    ends = train_side_by_side(missing, device, jobs) if jobs > 1 and len(missing) > 1 else one_by_one()
+    for count, (run, result) in enumerate(ends, 1):
         line = {"key": run.key(), "device": device.type, "run": asdict(run), "result": asdict(result)}
         with open(folder / RUNS, "ab") as file:
             file.write(json.dumps(line).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         done[run.key()] = result
+        kept([Finished(run, done[run.key()]) for run in runs if run.key() in done], len(missing) - count)
     return [Finished(run, done[run.key()]) for run in runs]
 
 

@@ -11,8 +11,6 @@ from riverrun.eval.studies.run import Result, Run
 from riverrun.eval.studies.scoring import evaluate
 from riverrun.eval.studies.task import TEST, VALIDATION, SequenceTask
 
-PATIENCE = 3  # perfect validations in a row that end a run
-
 
 def train(run: Run, device: torch.device, progress: Progress = lambda step, words: None) -> Result:
     """Train and test one model. Deterministic on one machine, for one number of threads.
@@ -36,7 +34,7 @@ def _train_sequences(run: Run, task: SequenceTask, device: torch.device, progres
     predict = predictor(model, device)
     losses: list[tuple[int, float]] = []
     perfect, step, score = 0, 0, 0.0
-    while step < run.steps and perfect < PATIENCE:
+    while step < run.steps and not 0 < run.patience <= perfect:
         inputs, targets = task.training_batch(run.seed, step, run.batch_size, run.train_length)
         loss = model(on(device, inputs), targets=on(device, targets)).loss
         step_on(loss, step)

@@ -4,14 +4,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 
 from riverrun.kernels.causal_conv1d.chunked import causal_conv1d_chunked
 from riverrun.kernels.causal_conv1d.triton_kernels import backward_kernel, forward_kernel, initial_gradient_kernel
 from riverrun.kernels.common.device import multiprocessors
+from riverrun.kernels.common.operator import operator
 from riverrun.kernels.common.self_check import check_once, deviation, draws, in_double, is_due, rounding
-from riverrun.kernels.common.shooting import NAMESPACE
 from riverrun.kernels.common.triton_documents import document_positions
+from riverrun.kernels.common.whole import ceil_div, power_of_2_from
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class Launch:
 
     def lanes(self, B: int, T: int, overlap: int) -> int:
         """Of B rows of T tokens, where `overlap` of a lane's tokens belong to the next."""
-        return B * triton.cdiv(T, self.steps - overlap)
+        return B * ceil_div(T, self.steps - overlap)
 
     def fitted(self, B: int, T: int, D: int, overlap: int, multiprocessors: int) -> "Launch":
         """For D channels; with shorter lanes where these would leave the device idle."""
-        launch = replace(self, channels=min(self.channels, triton.next_power_of_2(D)))
-        warps = triton.cdiv(D, launch.channels) * launch.warps
+        launch = replace(self, channels=min(self.channels, power_of_2_from(D)))
+        warps = ceil_div(D, launch.channels) * launch.warps
         while launch.steps > SHORTEST and launch.lanes(B, T, overlap) * warps < FULL * multiprocessors:
             launch = replace(launch, steps=launch.steps // 2)
-        return replace(launch, steps=min(launch.steps, triton.cdiv(T + overlap, self.group) * self.group))
+        return replace(launch, steps=min(launch.steps, ceil_div(T + overlap, self.group) * self.group))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def convolve(
     y, final = x.new_empty(B, T, D), x.new_empty(S, W - 1, D)
     lanes = launch.lanes(B, T, 0)
     bounds, positions = (y, y) if cu_seqlens is None else (cu_seqlens, document_positions(cu_seqlens, T))
-    forward_kernel[((lanes + S) * triton.cdiv(D, launch.channels),)](
+    forward_kernel[((lanes + S) * ceil_div(D, launch.channels),)](
         rows, weight, weight if bias is None else bias, final if initial is None else initial,
         bounds, positions, y, final, T, rows.stride(0), launch.steps, lanes,
         D=D, W=W, SILU=silu, HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None,
@@ -104,7 +104,7 @@ def convolve_backward(
     launch = BACKWARD.fitted(B, T, D, W - 1, multiprocessors(x))
     rows, grad_rows = _rows(x), _rows(grad_y)
     grad_x = x.new_empty(B, T, D)
-    columns, lanes = triton.cdiv(D, launch.channels), launch.lanes(B, T, W - 1)
+    columns, lanes = ceil_div(D, launch.channels), launch.lanes(B, T, W - 1)
     shares = x.new_empty(lanes, W + 1, D, dtype=torch.float32)
     grad_initial = x.new_empty(0 if initial is None else initial.shape)
     tensors = (
@@ -164,7 +164,7 @@ def check(
     check_once("causal_conv1d", sizes, x.device, compare, rounding(x.dtype))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::causal_conv1d_triton", mutates_args=())
+@operator("causal_conv1d_triton")
 def _forward(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -185,7 +185,7 @@ def _(x, weight, bias, silu, initial, cu_seqlens):
     return x.new_empty(B, T, D), x.new_empty(S, weight.shape[1] - 1, D)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::causal_conv1d_triton_backward", mutates_args=())
+@operator("causal_conv1d_triton_backward")
 def _backward(
     grad_y: torch.Tensor,
     grad_final: torch.Tensor | None,

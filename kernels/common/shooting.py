@@ -19,7 +19,6 @@ Where the sequences alone fill the device there is nothing to gain from cutting 
 
 import functools
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -28,9 +27,7 @@ from typing import Protocol
 import torch
 
 from riverrun.kernels.common.chunks import Chunks, chunk_layout, sequence_bounds
-
-# a second copy of this source, loaded under another name as a checkpoint's remote code, has ops of its own
-NAMESPACE = re.sub(r"\W", "_", __name__)
+from riverrun.kernels.common.operator import operator
 
 # Independent recurrences (sequences × channels) from which stepping all sequences through time beats shooting, which
 # evaluates the cell three or four times and its Jacobian two or three. Measured on one core of a CPU, and on an H100.
@@ -143,7 +140,7 @@ def define_op(name: str, cell: Cell) -> Callable[..., torch.Tensor]:
     float64 gates. `max_passes = 0` steps through time.
     """
 
-    @torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())
+    @operator(name)
     def forward(
         gates: torch.Tensor,
         weight: torch.Tensor,
@@ -161,7 +158,7 @@ def define_op(name: str, cell: Cell) -> Callable[..., torch.Tensor]:
         B, T, _, D = gates.shape
         return gates.new_empty(cell.num_states, B, T, D, dtype=state_dtype(gates))
 
-    @torch.library.custom_op(f"{NAMESPACE}::{name}_backward", mutates_args=())
+    @operator(f"{name}_backward")
     def backward(
         grad: torch.Tensor,
         states: torch.Tensor,

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from riverrun.kernels.common.whole import ceil_div
+
 
 class Chunks(NamedTuple):
     """What kernels need to find sequences and chunks.
@@ -35,7 +37,7 @@ def cut(x: torch.Tensor, size: int, cu_seqlens: torch.Tensor | None) -> Chunks:
     """The chunks of `size` tokens of a batch `x` (B, T, …), or of the documents of its one row."""
     B, T = x.shape[:2]
     if cu_seqlens is None:
-        return Chunks(B, B * triton.cdiv(T, size), (x, x, x, x), False)
+        return Chunks(B, B * ceil_div(T, size), (x, x, x, x), False)
     bounds = cu_seqlens.to(torch.int32)
     num_chunks = T // size + len(bounds) - 1
     first, start, length, _ = pieces(bounds, size, num_chunks)

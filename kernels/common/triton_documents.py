@@ -5,6 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
+from riverrun.kernels.common.whole import ceil_div
+
 
 @triton.jit
 def _bounds_before(cu_seqlens, at, S):
@@ -40,10 +42,10 @@ def document_starts(cu_seqlens: torch.Tensor, T: int, steps: int) -> tuple[torch
         group; bit `steps` is the first bit of the next group. documents (⌈T / steps⌉,) int32: how many bounds lie
         before the group, so that the first start in the group is that of document `documents[group]`.
     """
-    num_groups = triton.cdiv(T, steps)
+    num_groups = ceil_div(T, steps)
     words, documents = torch.empty(2, num_groups, dtype=torch.int32, device=cu_seqlens.device)
     block = 128
-    _starts_kernel[(triton.cdiv(num_groups, block),)](
+    _starts_kernel[(ceil_div(num_groups, block),)](
         cu_seqlens, words, documents, len(cu_seqlens) - 1, num_groups, STEPS=steps, BLOCK=block, num_warps=4
     )
     return words, documents
@@ -64,5 +66,5 @@ def document_positions(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
     lie before it, and how many from it on, which are at least 1; (3, T) int32."""
     positions = torch.empty(3, T, dtype=torch.int32, device=cu_seqlens.device)
     block = 128
-    _positions_kernel[(triton.cdiv(T, block),)](cu_seqlens, positions, len(cu_seqlens) - 1, T, BLOCK=block, num_warps=4)
+    _positions_kernel[(ceil_div(T, block),)](cu_seqlens, positions, len(cu_seqlens) - 1, T, BLOCK=block, num_warps=4)
     return positions

@@ -9,9 +9,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 
 from riverrun.kernels.common.triton_chunks import Chunks, cut, pieces
+from riverrun.kernels.common.whole import ceil_div
 
 WORTH = 4  # segments that there must be room for, at least
 LEAST_CHUNKS = 16  # of a segment: fewer are walked sooner than cut
@@ -53,7 +53,7 @@ def segment(x: torch.Tensor, size: int, walkers: int, room: int, cu_seqlens: tor
     sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
     if sequences * walkers * WORTH > room:
         return None
-    length = max(LEAST_CHUNKS, triton.cdiv(triton.cdiv(B * T * walkers, room), size)) * size
+    length = max(LEAST_CHUNKS, ceil_div(ceil_div(B * T * walkers, room), size)) * size
     if length * WORTH > B * T:
         return None
     if cu_seqlens is not None:

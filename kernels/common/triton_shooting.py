@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
 from riverrun.kernels.common.device import multiprocessors
+from riverrun.kernels.common.operator import operator
 from riverrun.kernels.common.self_check import check_once, deviation, draws, in_double, is_due, rounding
-from riverrun.kernels.common.shooting import NAMESPACE, final_state, statistics_of, statistics_on
+from riverrun.kernels.common.shooting import final_state, statistics_of, statistics_on
 from riverrun.kernels.common.triton_documents import document_starts
 from riverrun.kernels.common.triton_solve import backward_kernel, forward_kernel
+from riverrun.kernels.common.whole import ceil_div, power_of_2_from
 
 STEPS = 8  # tokens that are loaded ahead as a group, and between checkpoints. The time that Triton takes to compile a
 # kernel rises faster than the square.
@@ -56,19 +57,19 @@ class Launch:
     @classmethod
     def of(cls, B: int, T: int, D: int, chunk_size: int | None, multiprocessors: int) -> "Launch":
         """Without a chunk size: as few chunks as fill the device."""
-        block = min(64, triton.next_power_of_2(D))
-        while block > 16 and B * triton.cdiv(D, block) < multiprocessors:
+        block = min(64, power_of_2_from(D))
+        while block > 16 and B * ceil_div(D, block) < multiprocessors:
             block //= 2
         lanes = B * D
         if chunk_size is not None:
-            chunks = triton.next_power_of_2(triton.cdiv(T, max(chunk_size, STEPS)))
+            chunks = power_of_2_from(ceil_div(T, max(chunk_size, STEPS)))
         elif lanes >= FULL * multiprocessors:
             chunks = 1
         else:
             enough = max(1, min(OVERFULL * multiprocessors // lanes, T // SHORTEST_CHUNK))
             chunks = 1 << (enough.bit_length() - 1)  # the power of two below
         chunks = min(chunks, MAX_LANES // block)
-        length = triton.cdiv(triton.cdiv(T, chunks), STEPS) * STEPS
+        length = ceil_div(ceil_div(T, chunks), STEPS) * STEPS
         return cls(chunks, length, min(BURN_IN, length) if chunks > 1 else 0, block)
 
     def exchange(self, like: torch.Tensor, programs: int, K: int) -> torch.Tensor:
@@ -87,7 +88,7 @@ class Launch:
 
 
 def _groups(T: int) -> int:
-    return triton.cdiv(T, STEPS)
+    return ceil_div(T, STEPS)
 
 
 def solve(
@@ -111,7 +112,7 @@ def solve(
     h = gates.new_empty(B, T, D)
     final = gates.new_empty(len(cu_seqlens) - 1 if cu_seqlens is not None else B, K, D, dtype=torch.float32)
     checkpoints = final.new_empty((B, _groups(T), K, D) if save else 0)
-    pieces = B * triton.cdiv(D, launch.block)
+    pieces = B * ceil_div(D, launch.block)
     if name is None:
         counts = torch.zeros(3, dtype=torch.int32, device=gates.device)
     else:
@@ -155,7 +156,7 @@ def solve_backward(
     grad_gates = torch.empty_like(gates)
     shares = checkpoints.new_empty(B, P + G, D)
     grad_initial = checkpoints.new_empty(0 if initial is None else initial.shape)
-    pieces = B * triton.cdiv(D, launch.block)
+    pieces = B * ceil_div(D, launch.block)
     backward_kernel[(pieces,)](
         grad_h, shares if grad_final is None else grad_final, gates, weight, weight if bias is None else bias,
         shares if initial is None else initial, words, documents, checkpoints, grad_gates, shares, grad_initial,
@@ -241,7 +242,7 @@ def define_triton_op(
     may be float32, bfloat16 or float16; h has their type, arithmetic is float32.
     """
 
-    @torch.library.custom_op(f"{NAMESPACE}::{name}_triton", mutates_args=())
+    @operator(f"{name}_triton")
     def forward(
         gates: torch.Tensor,
         weight: torch.Tensor,
@@ -266,7 +267,7 @@ def define_triton_op(
         final = gates.new_empty(S, cell.num_states, D, dtype=torch.float32)
         return gates.new_empty(B, T, D), final, final.new_empty((B, _groups(T), cell.num_states, D) if save else 0)
 
-    @torch.library.custom_op(f"{NAMESPACE}::{name}_triton_backward", mutates_args=())
+    @operator(f"{name}_triton_backward")
     def backward(
         grad_h: torch.Tensor,
         grad_final: torch.Tensor | None,

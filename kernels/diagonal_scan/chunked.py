@@ -18,7 +18,7 @@ import itertools
 import torch
 
 from riverrun.kernels.common.chunks import Chunks, chunk_layout
-from riverrun.kernels.common.shooting import NAMESPACE
+from riverrun.kernels.common.operator import operator
 
 CHUNK_SIZE = 64  # tokens, a power of two
 
@@ -65,7 +65,7 @@ def _decays(a: torch.Tensor, chunks: Chunks) -> torch.Tensor:
     return torch.where(chunks.valid[..., None], a if a.dim() == 1 else chunks.split(a), 1)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::diagonal_scan_chunked", mutates_args=())
+@operator("diagonal_scan_chunked")
 def _scan(
     a: torch.Tensor, x: torch.Tensor, state: torch.Tensor, active: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -81,7 +81,7 @@ def _(a, x, state, active):
     return x.new_empty(x.shape), torch.empty_like(state), x.new_empty(x.shape[0], x.shape[2])
 
 
-@torch.library.custom_op(f"{NAMESPACE}::diagonal_scan_chunked_backward", mutates_args=())
+@operator("diagonal_scan_chunked_backward")
 def _scan_backward(
     grad_h: torch.Tensor,
     grad_final: torch.Tensor,

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
 from riverrun.kernels.common.device import multiprocessors
+from riverrun.kernels.common.operator import operator
 from riverrun.kernels.common.self_check import check_once, deviation, draws, in_double, is_due, rounding
-from riverrun.kernels.common.shooting import NAMESPACE
 from riverrun.kernels.common.triton_documents import document_starts
+from riverrun.kernels.common.whole import ceil_div, power_of_2_from
 from riverrun.kernels.diagonal_scan.chunked import diagonal_scan_chunked
 from riverrun.kernels.diagonal_scan.triton_kernels import backward_kernel, forward_kernel
 
@@ -34,13 +34,13 @@ class Launch:
         B, T, D = x.shape
         processors = multiprocessors(x)
         per_thread = 1 if x.is_complex() else 2
-        block = min(64, triton.next_power_of_2(D))
-        while block > 16 and B * triton.cdiv(D, block) < processors:
+        block = min(64, power_of_2_from(D))
+        while block > 16 and B * ceil_div(D, block) < processors:
             block //= 2
-        threads = triton.cdiv(B * D, per_thread)
+        threads = ceil_div(B * D, per_thread)
         if threads >= FULL * processors:
             return cls(1, block, per_thread)
-        most = min(MAX_CHUNKS, MAX_THREADS * per_thread // block, triton.cdiv(T, STEPS))
+        most = min(MAX_CHUNKS, MAX_THREADS * per_thread // block, ceil_div(T, STEPS))
         enough = max(1, min(OVERFULL * processors // threads, most))
         return cls(1 << (enough.bit_length() - 1), block, per_thread)  # the power of two below
 
@@ -65,7 +65,7 @@ def _state_dtype(x: torch.Tensor) -> torch.dtype:
 
 def _num_checkpoints(x: torch.Tensor, save: bool) -> int:
     """Before each row's groups of tokens; none where the backward kernel can read h itself."""
-    return triton.cdiv(x.shape[1], STEPS) if save and x.dtype.itemsize < 4 else 0
+    return ceil_div(x.shape[1], STEPS) if save and x.dtype.itemsize < 4 else 0
 
 
 def scan(
@@ -84,7 +84,7 @@ def scan(
     h = torch.empty_like(x)
     final = x.new_empty(B if cu_seqlens is None else len(cu_seqlens) - 1, D, dtype=_state_dtype(x))
     checkpoints = final.new_empty(B, _num_checkpoints(x, save), D)
-    forward_kernel[(B * triton.cdiv(D, launch.block),)](
+    forward_kernel[(B * ceil_div(D, launch.block),)](
         *map(_words, (x, a, final if initial is None else initial, words, documents, h, checkpoints, final)), T,
         D=D, K=2 if x.is_complex() else 1,
         CONSTANT=a.dim() == 1, HAS_INITIAL=initial is not None, PACKED=cu_seqlens is not None,
@@ -115,7 +115,7 @@ def scan_backward(
         grad_h, grad_x if grad_final is None else grad_final, states, a, grad_x if initial is None else initial,
         words, documents, checkpoints, grad_x, grad_a, grad_initial,
     )  # fmt: skip
-    backward_kernel[(B * triton.cdiv(D, launch.block),)](
+    backward_kernel[(B * ceil_div(D, launch.block),)](
         *map(_words, tensors), T,
         D=D, K=2 if states.is_complex() else 1,
         CONSTANT=a.dim() == 1, HAS_INITIAL=initial is not None, HAS_FINAL=grad_final is not None,
@@ -163,7 +163,7 @@ def check(x: torch.Tensor, a: torch.Tensor, has_initial: bool, packed: bool, gra
     check_once("diagonal_scan", sizes, x.device, compare, rounding(x.dtype))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::diagonal_scan_triton", mutates_args=())
+@operator("diagonal_scan_triton")
 def _forward(
     x: torch.Tensor, a: torch.Tensor, initial: torch.Tensor | None, cu_seqlens: torch.Tensor | None, save: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -179,7 +179,7 @@ def _(x, a, initial, cu_seqlens, save):
     return torch.empty_like(x), final, final.new_empty(B, _num_checkpoints(x, save), D)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::diagonal_scan_triton_backward", mutates_args=())
+@operator("diagonal_scan_triton_backward")
 def _backward(
     grad_h: torch.Tensor,
     grad_final: torch.Tensor | None,

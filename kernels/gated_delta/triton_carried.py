@@ -1,10 +1,11 @@
-"""`gated_delta` in Triton, in the pieces that ranks which share sequences run between what they exchange."""
+"""`gated_delta` in Triton, for ranks that share sequences and exchange states on the way."""
 
 from dataclasses import dataclass
 
 import torch
 
-from riverrun.kernels.gated_delta.triton_op import _backward, _forward, adjoint
+from riverrun.kernels.common.self_check import is_due
+from riverrun.kernels.gated_delta.triton_op import Exchange, check, delta, delta_backward
 
 Inputs = tuple[torch.Tensor | None, ...]
 
@@ -21,41 +22,42 @@ class CarriedGatedDelta:
     scale: float
     exact: bool
 
-    def summary(
-        self, inputs: Inputs, cu_seqlens: torch.Tensor | None, with_transfer: bool
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """→ the product of the transitions (S, H, K, K), if wanted, and the final states from zeros (S, H, K, V)."""
+    def transfer(self, inputs: Inputs, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+        """→ the product of the transitions (S, H, K, K)."""
         _, k, v, beta, g = inputs
-        assert k is not None and v is not None
-        unread = k[:, :, 0].contiguous()  # queries
-        _, added = _forward(unread, k, v, beta, g, self.scale, True, None, cu_seqlens, self.exact)
-        if not with_transfer:
-            return None, added
+        assert k is not None and v is not None and beta is not None
+        (B, _, _, H, K), unread = k.shape, k[:, :, 0].contiguous()  # queries
         nothing = v.new_zeros(k.shape)  # written to the identity, which becomes the transitions' product
-        identity = torch.eye(k.shape[-1], device=k.device).expand(len(added), added.shape[1], -1, -1).contiguous()
-        return _forward(unread, k, nothing, beta, g, self.scale, True, identity, cu_seqlens, self.exact)[1], added
+        sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
+        identity = torch.eye(K, device=k.device).expand(sequences, H, -1, -1).contiguous()
+        return delta(unread, k, nothing, beta, g, self.scale, True, identity, cu_seqlens, self.exact)[1]
 
-    def run(self, inputs: Inputs, initial: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-        return _forward(*inputs, self.scale, True, initial, cu_seqlens, self.exact)[0]
-
-    def adjoint(self, grad: torch.Tensor, inputs: Inputs, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    def run(self, inputs: Inputs, cu_seqlens: torch.Tensor | None, enter: Exchange) -> torch.Tensor:
+        self._check(inputs, cu_seqlens, back=False)
         q, k, v, beta, g = inputs
-        return adjoint(grad, q, k, v, beta, g, self.scale, True, cu_seqlens, self.exact)  # type: ignore[arg-type]
+        return delta(q, k, v, beta, g, self.scale, True, None, cu_seqlens, self.exact, enter=enter)[0]  # type: ignore[arg-type]
 
     def gradients(
         self,
         grad: torch.Tensor,
-        grad_final: torch.Tensor,
         inputs: Inputs,
         initial: torch.Tensor,
         cu_seqlens: torch.Tensor | None,
+        leave: Exchange,
     ) -> Inputs:
-        beta, g = inputs[3:]
-        *grads, of_beta, of_g, _ = _backward(
-            grad, grad_final, *inputs, self.scale, True, initial, cu_seqlens, self.exact
-        )
+        self._check(inputs, cu_seqlens, back=True)
+        q, k, v, beta, g = inputs
+        *grads, of_beta, of_g, _ = delta_backward(
+            grad, None, q, k, v, beta, g, self.scale, True, initial, cu_seqlens, self.exact, leave=leave  # type: ignore[arg-type]
+        )  # fmt: skip
         assert beta is not None
         return *grads, of_beta.to(beta.dtype), None if g is None else of_g
+
+    def _check(self, inputs: Inputs, cu_seqlens: torch.Tensor | None, *, back: bool) -> None:
+        _, k, v, _, g = inputs
+        assert k is not None and v is not None
+        if is_due(k):
+            check(k, v, g is not None, True, True, cu_seqlens is not None, self.exact, back)
 
     def apply(self, transfer: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         return transfer @ state

@@ -10,6 +10,7 @@ from riverrun.kernels.common.device import multiprocessors
 from riverrun.kernels.common.triton_chunks import Chunks, cut
 from riverrun.kernels.common.triton_math import INTERPRETED
 from riverrun.kernels.common.triton_segments import Segments, segment
+from riverrun.kernels.common.whole import ceil_div, power_of_2_from
 from riverrun.kernels.gated_delta.triton_inverse import inverse_kernel
 from riverrun.kernels.gated_delta.triton_scores import scores_kernel
 
@@ -40,7 +41,7 @@ def tiles() -> Tiles:
 def tile(size: int, most: int) -> int:
     """The largest power of two up to `most` that divides `size`, or one that holds all of it if that is below 16."""
     factor = size & -size
-    return min(factor, most) if factor >= 16 else max(16, triton.next_power_of_2(size))
+    return min(factor, most) if factor >= 16 else max(16, power_of_2_from(size))
 
 
 @dataclass(frozen=True)
@@ -57,22 +58,26 @@ class Launch:
     def of(cls, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None, exact: bool) -> "Launch":
         (_, T, n, H, K), V = k.shape, v.shape[-1]
         most = tiles()
-        size = max(16, min(most.chunk, triton.next_power_of_2(T * n)), triton.next_power_of_2(n))
+        size = max(16, min(most.chunk, power_of_2_from(T * n)), power_of_2_from(n))
         tokens = size // n
         key_tile = tile(K, TILE_K)
         dims = {
-            "H": H, "n": n, "K": K, "C": size, "Q": tokens, "QP": max(16, triton.next_power_of_2(tokens)),
-            "BK": key_tile, "NK": triton.cdiv(K, key_tile),
+            "H": H, "n": n, "K": K, "C": size, "Q": tokens, "QP": max(16, power_of_2_from(tokens)),
+            "BK": key_tile, "NK": ceil_div(K, key_tile),
         }  # fmt: skip
         value_tile = tile(V, most.values)
         room = WALKERS * multiprocessors(k)
-        segments = segment(k, tokens, H * triton.cdiv(V, value_tile), room, cu_seqlens)
+        segments = segment(k, tokens, H * ceil_div(V, value_tile), room, cu_seqlens)
         chunks = cut(k, tokens, cu_seqlens) if segments is None else segments.chunks
         return cls(chunks, segments, dims, value_tile, exact or k.dtype == torch.float32)
 
     def walkers(self, columns: int) -> tuple[int, int]:
         """Programs that walk along all sequences, or segments, with so many columns of state."""
-        return self.chunks.num_sequences * self.dims["H"], triton.cdiv(columns, self.value_tile)
+        return self.chunks.num_sequences * self.dims["H"], ceil_div(columns, self.value_tile)
+
+    def all_sequences(self, k: torch.Tensor) -> torch.Tensor:
+        """That the maps of all sequences, or segments, are wanted."""
+        return torch.ones(self.chunks.num_sequences, dtype=torch.bool, device=k.device)
 
     def inner_type(self, k: torch.Tensor) -> torch.dtype:
         """Of what passes between kernels."""

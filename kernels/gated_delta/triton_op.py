@@ -7,13 +7,14 @@ W and Y; then `gradients_kernel` over all chunks.
 Where sequences and heads are too few to fill the device, each walk is of segments, after a walk for their maps.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from riverrun.kernels.common.operator import operator
 from riverrun.kernels.common.self_check import check_once, deviation, draws, in_double, is_due
-from riverrun.kernels.common.shooting import NAMESPACE
 from riverrun.kernels.gated_delta.chunked import gated_delta_chunked
 from riverrun.kernels.gated_delta.triton_gradients import gradients_kernel
 from riverrun.kernels.gated_delta.triton_launch import WARPS, Launch, prepare, tile, tiles
@@ -22,6 +23,8 @@ from riverrun.kernels.gated_delta.triton_within import within_kernel
 
 TILE_V_OF_GRADIENTS = 64  # at most
 STAGES_OF_GRADIENTS = 2
+
+Exchange = Callable[[torch.Tensor], torch.Tensor]  # of states (S, H, K, V) with ranks that share the sequences
 
 
 def delta(
@@ -35,12 +38,22 @@ def delta(
     initial: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     exact: bool,
+    enter: Exchange | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """→ o (B, T, H, V), final state (S, H, K, V) float32."""
+    """→ o (B, T, H, V), final state (S, H, K, V) float32.
+
+    Args:
+        enter: makes the initial states of the final ones that zeros would have led to.
+    """
     launch = Launch.of(k, v, cu_seqlens, exact)
-    return Walks(launch, q, k, v, beta, prepare(launch, q, k, beta, g, scale, normalise, forward=True), True).outputs(
-        initial
-    )
+    walks = Walks(launch, q, k, v, beta, prepare(launch, q, k, beta, g, scale, normalise, forward=True), True)
+    maps = None
+    if enter is not None:
+        maps = walks.maps(launch.all_sequences(k))
+        initial = enter(walks.ends(maps))
+    elif launch.segments is not None:
+        maps = walks.maps(launch.segments.inner_end)
+    return walks.outputs(walks.starts(initial, maps))
 
 
 def delta_backward(
@@ -56,15 +69,27 @@ def delta_backward(
     initial: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     exact: bool,
+    leave: Exchange | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """→ the gradients of q, k, v, beta and g (float32, empty if there is none), initial state (empty if none)."""
+    """→ the gradients of q, k, v, beta and g (float32, empty if there is none), initial state (empty if none).
+
+    Args:
+        leave: makes the final states' adjoints of those that zeros would have led to at the initial ones.
+    """
     (batch, T, _, H, _), V = k.shape, v.shape[-1]
     launch = Launch.of(k, v, cu_seqlens, exact)
     prepared = prepare(launch, q, k, beta, g, scale, normalise, forward=False)
     walks = Walks(launch, q, k, v, beta, prepared, False)
-    starts, maps = walks.starts(initial, both_ways=True)
-    states, W = walks.states(starts)
-    grad_states, Y, grad_initial = walks.adjoints(grad_o, grad_final, maps, initial is not None)
+    segments, maps, offsets = launch.segments, None, None
+    if leave is not None:
+        every = launch.all_sequences(k)
+        maps, offsets = walks.maps(every), walks.adjoint_offsets(grad_o, every)
+        grad_final = leave(walks.first_adjoints(maps, offsets))
+    elif segments is not None:
+        maps = walks.maps(segments.inner_end | segments.inner_start)
+        offsets = walks.adjoint_offsets(grad_o, segments.inner_start)
+    states, W = walks.states(walks.starts(initial, maps))
+    grad_states, Y, grad_initial = walks.adjoints(grad_o, grad_final, maps, offsets, initial is not None)
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     grad_beta = torch.empty_like(beta, dtype=torch.float32)
     grad_g = grad_beta.new_empty(0 if g is None else (2, *g.shape))
@@ -84,27 +109,6 @@ def delta_backward(
     )  # fmt: skip
     grad_g, none = grad_g if g is None else grad_g[0] + grad_g[1], grad_beta.new_empty(0)
     return grad_q, grad_k, grad_v, grad_beta, grad_g, none if grad_initial is None else grad_initial
-
-
-def adjoint(
-    grad_o: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    beta: torch.Tensor,
-    g: torch.Tensor | None,
-    scale: float,
-    normalise: bool,
-    cu_seqlens: torch.Tensor | None,
-    exact: bool,
-) -> torch.Tensor:
-    """→ the gradient of the initial state (S, H, K, V) alone, where that of the final one is zero: one walk."""
-    launch = Launch.of(k, v, cu_seqlens, exact)
-    walks = Walks(launch, q, k, v, beta, prepare(launch, q, k, beta, g, scale, normalise, forward=False), False)
-    _, maps = walks.starts(None, both_ways=True)
-    *_, grad_initial = walks.adjoints(grad_o, None, maps, True)
-    assert grad_initial is not None
-    return grad_initial
 
 
 def check(
@@ -144,7 +148,7 @@ def check(
     check_once("gated_delta", sizes, device, compare, 1e-4 if dtype == torch.float32 else 5e-2)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gated_delta_triton", mutates_args=())
+@operator("gated_delta_triton")
 def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -169,7 +173,7 @@ def _(q, k, v, beta, g, scale, normalise, initial, cu_seqlens, exact):
     return v.new_empty(B, T, H, V), v.new_empty(S, H, K, V, dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gated_delta_triton_backward", mutates_args=())
+@operator("gated_delta_triton_backward")
 def _backward(
     grad_o: torch.Tensor,
     grad_final: torch.Tensor | None,

@@ -16,6 +16,7 @@ def between_kernel(
     offset,  # (segments, H, K, …): U or W in the first V of its columns
     outer,  # (S, H, K, V) float32: the initial states, or the adjoints of the final ones
     states,  # (segments, H, K, V) float32: where each segment's walk begins
+    last_state,  # (S, H, K, V) float32: after all segments
     first,  # (S + 1,) int32
     H: tl.constexpr,
     K: tl.constexpr,
@@ -26,6 +27,7 @@ def between_kernel(
     NK: tl.constexpr,
     BV: tl.constexpr,
     HAS_OUTER: tl.constexpr,
+    KEEP_LAST: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
     s, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
@@ -61,3 +63,8 @@ def between_kernel(
                 tile = dot(M, state[j], tile)
             new = new + (tile,)
         state = new
+    if KEEP_LAST:
+        for i in tl.static_range(NK):
+            row = i * BK + tl.arange(0, BK)
+            p_last = last_state + (s * H + h) * K * V + row[:, None] * V + column[None, :]
+            tl.store(p_last, state[i], mask=(row < K)[:, None] & (column < V)[None, :])

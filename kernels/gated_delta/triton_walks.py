@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
+from riverrun.kernels.common.whole import ceil_div
 from riverrun.kernels.gated_delta.triton_launch import STAGES, WARPS, Launch, Prepared, tile
 from riverrun.kernels.gated_delta.triton_segments import between_kernel
 from riverrun.kernels.gated_delta.triton_walk import backward_kernel, forward_kernel
@@ -59,56 +59,91 @@ class Walks:
             num_warps=WARPS["backward"],
         )  # fmt: skip
 
-    def _between(self, maps: torch.Tensor, offset: torch.Tensor, outer: torch.Tensor | None, backward: bool):
-        """The states from which segments are walked."""
+    def _between(
+        self,
+        maps: torch.Tensor,
+        offset: torch.Tensor,
+        outer: torch.Tensor | None,
+        last: torch.Tensor | None,
+        *,
+        backward: bool,
+    ) -> torch.Tensor:
+        """→ the states from which segments are walked; writes the ones after all of a sequence's, if wanted."""
         assert self.launch.segments is not None
         (H, K), V, first = (self.launch.dims[x] for x in ("H", "K")), self.v.shape[-1], self.launch.segments.first
         states, BK = self._new(len(maps), V), tile(K, TILE_K_BETWEEN)
         BV = tile(V, TILE_V_BETWEEN)
-        between_kernel[((len(first) - 1) * H, triton.cdiv(V, BV))](
-            maps[..., V:], offset, states if outer is None else outer, states, first,
+        between_kernel[((len(first) - 1) * H, ceil_div(V, BV))](
+            maps[..., V:], offset, *(states if x is None else x for x in (outer, states, last)), first,
             H=H, K=K, V=V, TRANSITION_STRIDE=maps.stride(2), OFFSET_STRIDE=offset.stride(2), BK=BK,
-            NK=triton.cdiv(K, BK), BV=BV, HAS_OUTER=outer is not None, BACKWARD=backward,
+            NK=ceil_div(K, BK), BV=BV, HAS_OUTER=outer is not None, KEEP_LAST=last is not None, BACKWARD=backward,
             num_warps=WARPS["between"], num_stages=1,
         )  # fmt: skip
         return states
 
-    def starts(self, initial: torch.Tensor | None, both_ways: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The states from which walks begin, and the maps of the segments, if there are any: of those that another one
-        follows, or `both_ways` also of the last ones."""
-        segments, V = self.launch.segments, self.v.shape[-1]
-        if segments is None:
-            return initial, None
-        maps = self._new(segments.chunks.num_sequences, V + self.k.shape[-1])
-        wanted = segments.inner_end | segments.inner_start if both_ways else segments.inner_end
+    def maps(self, wanted: torch.Tensor) -> torch.Tensor:
+        """U and M side by side (segments, H, K, V + K), of those `wanted`; or of sequences, where these are not cut."""
+        maps = self._new(len(wanted), self.v.shape[-1] + self.k.shape[-1])
         self._forward(None, None, None, None, maps, wanted, output=False, keep=False)
-        return self._between(maps, maps, initial, backward=False), maps
+        return maps
 
-    def outputs(self, initial: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def adjoint_offsets(self, grad_o: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """W (segments, H, K, V): the adjoint of the state at the start where that at the end is zero."""
+        offsets = self._new(len(wanted), self.v.shape[-1])
+        self._backward(grad_o, None, None, None, offsets, wanted, keep=False)
+        return offsets
+
+    def ends(self, maps: torch.Tensor) -> torch.Tensor:
+        """→ the final states (S, H, K, V) where the initial ones are zero."""
+        offsets = maps[..., : self.v.shape[-1]]
+        return self._ends(maps, offsets, backward=False)
+
+    def first_adjoints(self, maps: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """→ the adjoints of the initial states (S, H, K, V) where those of the final ones are zero."""
+        return self._ends(maps, offsets, backward=True)
+
+    def _ends(self, maps: torch.Tensor, offsets: torch.Tensor, *, backward: bool) -> torch.Tensor:
+        if self.launch.segments is None:
+            return offsets.contiguous()
+        last = self._new(len(self.launch.segments.first) - 1, self.v.shape[-1])
+        self._between(maps, offsets, None, last, backward=backward)
+        return last
+
+    def starts(self, initial: torch.Tensor | None, maps: torch.Tensor | None) -> torch.Tensor | None:
+        """The states from which walks begin."""
+        if self.launch.segments is None:
+            return initial
+        assert maps is not None
+        return self._between(maps, maps, initial, None, backward=False)
+
+    def outputs(self, starts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """→ o (B, T, H, V) and the final state (S, H, K, V)."""
         (B, T, _, H, _), V = self.k.shape, self.v.shape[-1]
         o, final = self.v.new_empty(B, T, H, V), self._new(self.launch.chunks.num_sequences, V)
-        self._forward(self.starts(initial, both_ways=False)[0], o, None, None, final, output=True, keep=False)
+        self._forward(starts, o, None, None, final, output=True, keep=False)
         segments = self.launch.segments
         return o, final if segments is None else segments.of_ends(final)
 
-    def states(self, initial: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """→ the chunks' first states (M, H, K, V), W (like v), from the states where walks begin."""
+    def states(self, starts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """→ the chunks' first states (M, H, K, V), W (like v)."""
         states = self._new(self.launch.chunks.num_chunks, self.v.shape[-1], self.launch.inner_type(self.k))
         W = torch.empty_like(self.v, dtype=states.dtype)
-        self._forward(initial, None, states, W, None, output=False, keep=True)
+        self._forward(starts, None, states, W, None, output=False, keep=True)
         return states, W
 
     def adjoints(
-        self, grad_o: torch.Tensor, grad_final: torch.Tensor | None, maps: torch.Tensor | None, has_initial: bool
+        self,
+        grad_o: torch.Tensor,
+        grad_final: torch.Tensor | None,
+        maps: torch.Tensor | None,
+        offsets: torch.Tensor | None,
+        has_initial: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """→ the adjoints of the chunks' last states, Y (like v), and the gradient of the initial state."""
         segments, V = self.launch.segments, self.v.shape[-1]
         if segments is not None:
-            assert maps is not None
-            offsets = self._new(len(maps), V)
-            self._backward(grad_o, None, None, None, offsets, segments.inner_start, keep=False)
-            grad_final = self._between(maps, offsets, grad_final, backward=True)
+            assert maps is not None and offsets is not None
+            grad_final = self._between(maps, offsets, grad_final, None, backward=True)
         states = self._new(self.launch.chunks.num_chunks, V, self.launch.inner_type(self.k))
         Y = torch.empty_like(self.v, dtype=states.dtype)
         grad_initial = self._new(self.launch.chunks.num_sequences, V) if has_initial else None

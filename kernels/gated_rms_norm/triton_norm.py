@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 
 from riverrun.kernels.common.device import multiprocessors
+from riverrun.kernels.common.operator import operator
 from riverrun.kernels.common.self_check import check_once, deviation, draws, in_double, is_due, rounding
-from riverrun.kernels.common.shooting import NAMESPACE
 from riverrun.kernels.common.triton_math import sigmoid
+from riverrun.kernels.common.whole import ceil_div, power_of_2_from
 from riverrun.kernels.gated_rms_norm.reference import gated_rms_norm_reference
 
 ELEMENTS = 2048  # of a program, at least: rows × channels
@@ -148,7 +149,7 @@ def _tokens(x: torch.Tensor) -> torch.Tensor:
 
 def _shape(tokens: torch.Tensor, D: int, groups: int) -> dict[str, int]:
     C = D // groups
-    BC = triton.next_power_of_2(C)
+    BC = power_of_2_from(C)
     return {"C": C, "G": groups, "H": tokens.shape[1] // D, "BC": BC, "R": max(1, ELEMENTS // BC)}
 
 
@@ -171,7 +172,7 @@ def norm(
     shape = _shape(tokens, D, groups)
     rows = x.numel() // D
     y, rstd = x.new_empty(x.shape), x.new_empty(groups, rows, dtype=torch.float32)
-    forward_kernel[(groups * triton.cdiv(rows, shape["R"]),)](
+    forward_kernel[(groups * ceil_div(rows, shape["R"]),)](
         tokens, gates, weight, y, rstd, rows, tokens.stride(0), gates.stride(0), eps,
         GATED=gate is not None, NORM_FIRST=norm_before_gate, num_warps=_warps(shape, FORWARD_PER_THREAD), **shape,
     )  # fmt: skip
@@ -195,8 +196,8 @@ def norm_backward(
     shape = _shape(tokens, x.shape[-1], groups)
     rows = rstd.shape[1]
     if programs is None:
-        programs = triton.cdiv(BACKWARD_PROGRAMS * multiprocessors(x), groups)
-    parts = min(triton.cdiv(rows, shape["R"]), programs)
+        programs = ceil_div(BACKWARD_PROGRAMS * multiprocessors(x), groups)
+    parts = min(ceil_div(rows, shape["R"]), programs)
     grad_x = x.new_empty(x.shape)
     grad_gate = grad_x.new_empty(0) if gate is None else gate.new_empty(gate.shape)
     shares = x.new_empty(parts, x.shape[-1], dtype=torch.float32)
@@ -215,8 +216,8 @@ def check(x: torch.Tensor, gated: bool, weight: torch.Tensor, eps: float, groups
 
     def compare() -> float:
         draw = draws(x.device)
-        R = max(1, ELEMENTS // triton.next_power_of_2(D // groups))
-        shape = 1, triton.cdiv(5 * R + 1, heads), heads, D  # three steps of the backward loop, the last one short
+        R = max(1, ELEMENTS // power_of_2_from(D // groups))
+        shape = 1, ceil_div(5 * R + 1, heads), heads, D  # three steps of the backward loop, the last one short
         u, w, upstream = draw(shape).to(x.dtype), draw(D).to(weight.dtype), draw(shape).to(x.dtype)
         gate = draw(shape).to(x.dtype) if gated else None
         y, rstd = norm(u, gate, w, eps, groups, norm_before_gate)
@@ -239,7 +240,7 @@ def check(x: torch.Tensor, gated: bool, weight: torch.Tensor, eps: float, groups
     check_once("gated_rms_norm", sizes, x.device, compare, rounding(x.dtype))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gated_rms_norm_triton", mutates_args=())
+@operator("gated_rms_norm_triton")
 def _forward(
     x: torch.Tensor, gate: torch.Tensor | None, weight: torch.Tensor, eps: float, groups: int, norm_before_gate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -253,7 +254,7 @@ def _(x, gate, weight, eps, groups, norm_before_gate):
     return x.new_empty(x.shape), x.new_empty(groups, x.numel() // x.shape[-1], dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gated_rms_norm_triton_backward", mutates_args=())
+@operator("gated_rms_norm_triton_backward")
 def _backward(
     grad_y: torch.Tensor,
     x: torch.Tensor,

@@ -1,13 +1,12 @@
 """The Triton kernels of `head_rnn` as torch operators: launches and gradients."""
 
-import re
-
 import torch
-import triton
 import triton.language as tl
 
+from riverrun.kernels.common.operator import Operator, operator
 from riverrun.kernels.common.self_check import check_once, deviation, draws, in_double, is_due, rounding
 from riverrun.kernels.common.triton_math import INTERPRETED
+from riverrun.kernels.common.whole import ceil_div, power_of_2_from
 from riverrun.kernels.head_rnn.cells import CELLS
 from riverrun.kernels.head_rnn.chunked import head_rnn_chunked
 from riverrun.kernels.head_rnn.triton_cells import (
@@ -21,8 +20,6 @@ from riverrun.kernels.head_rnn.triton_cells import (
     slstm_step,
 )
 from riverrun.kernels.head_rnn.triton_kernels import backward_kernel, forward_kernel
-
-NAMESPACE = re.sub(r"\W", "_", __name__)
 
 STEP = {"lstm": lstm_step, "slstm": slstm_step, "gru": gru_step, "elman": elman_step}
 BACK = {"lstm": lstm_back, "slstm": slstm_back, "gru": gru_back, "elman": elman_back}
@@ -46,7 +43,7 @@ def _bounds(gates: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[torch
 
 def _options(gates: torch.Tensor, cell: str, warps: dict[int, int]) -> dict:
     K = gates.shape[4]
-    padded = max(16, triton.next_power_of_2(K))
+    padded = max(16, power_of_2_from(K))
     narrow = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     return {
         "G": len(CELLS[cell].gates),
@@ -78,14 +75,14 @@ def forward(
     h = gates.new_empty(B, T, H, K)
     final = gates.new_empty(S, NS, H, K, dtype=torch.float32)
     states = final.new_empty((B * T, NS - 1, H, K) if save else 0)
-    forward_kernel[(triton.cdiv(S, SEQUENCES) * H,)](
+    forward_kernel[(ceil_div(S, SEQUENCES) * H,)](
         gates, weight, final if initial is None else initial, bounds, order, h, states, final, S, H,
         STEP=STEP[cell], HAS_INITIAL=initial is not None, SAVE=save, **_options(gates, cell, FORWARD_WARPS),
     )  # fmt: skip
     return h, final, states
 
 
-@torch.library.custom_op(f"{NAMESPACE}::head_rnn", mutates_args=())
+@operator("head_rnn")
 def _forward(
     gates: torch.Tensor,
     weight: torch.Tensor,
@@ -132,7 +129,7 @@ def backward(
     before = before.transpose(0, 1)  # (H, B·T, K)
     recur = K * h.element_size() <= TWICE_ON_CHIP
     products = h if recur else torch.stack([torch.bmm(before, w) for w in weight.to(h.dtype)])
-    backward_kernel[(triton.cdiv(S, SEQUENCES) * H,)](
+    backward_kernel[(ceil_div(S, SEQUENCES) * H,)](
         grad_h, states if grad_final is None else grad_final, gates, weight, states if initial is None else initial,
         bounds, order, h, states, products, grad_gates, grad_rec, grad_initial, B * T, S, H,
         BACK=BACK[cell], HAS_INITIAL=initial is not None, HAS_FINAL=grad_final is not None, LAST_DIFFERS=last_differs,
@@ -145,7 +142,7 @@ def backward(
     return grad_gates, grad_weight, grad_initial
 
 
-_backward = torch.library.custom_op(f"{NAMESPACE}::head_rnn_backward", backward, mutates_args=())
+_backward = Operator("head_rnn_backward", backward)
 
 
 @_backward.register_fake

@@ -4,9 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
+from riverrun.kernels.common.operator import operator
 from riverrun.kernels.common.self_check import check_once, deviation, draws, is_due, rounding
-from riverrun.kernels.common.shooting import NAMESPACE
 from riverrun.kernels.common.triton_math import exp
+from riverrun.kernels.common.whole import ceil_div
 
 BLOCK, WARPS = 4096, 8
 
@@ -58,7 +59,7 @@ def gradient(
     """The gradient of the logits (N, V), in `dtype`, from those of −log softmax's two parts, (N,) each."""
     N, V = logits.shape
     out = logits.new_empty(N, V, dtype=dtype)
-    gradient_kernel[(N, triton.cdiv(V, BLOCK))](
+    gradient_kernel[(N, ceil_div(V, BLOCK))](
         logits, targets, log_z, of_softmax, of_target, out, V, BLOCK=BLOCK, num_warps=WARPS
     )
     return out
@@ -91,7 +92,7 @@ def check(logits: torch.Tensor, dtype: torch.dtype | None) -> None:
     check_once("linear_cross_entropy", sizes, device, compare, limit)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::log_z", mutates_args=())
+@operator("log_z")
 def log_z(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`log_partition`, checked at first use."""
     if is_due(logits):
@@ -104,7 +105,7 @@ def _(logits, targets):
     return logits.new_empty(len(logits)), logits.new_empty(len(logits))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::softmax_gradient", mutates_args=())
+@operator("softmax_gradient")
 def softmax_gradient(
     logits: torch.Tensor,
     targets: torch.Tensor,

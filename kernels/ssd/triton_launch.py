@@ -10,6 +10,7 @@ from riverrun.kernels.common.device import multiprocessors
 from riverrun.kernels.common.triton_chunks import Chunks, cut
 from riverrun.kernels.common.triton_math import INTERPRETED
 from riverrun.kernels.common.triton_segments import Segments, segment
+from riverrun.kernels.common.whole import ceil_div, power_of_2_from
 
 CHUNK = 64  # tokens, at most
 TILE_NUMBERS = 8192
@@ -45,14 +46,14 @@ class Launch:
         (_, T, H, P), (G, N) = x.shape, B.shape[2:]
         narrow = x.element_size() == 2  # products of float32 are three of narrower numbers
         least = LEAST if narrow and _is_hopper() else 16
-        BN = max(least, triton.next_power_of_2(N))
+        BN = max(least, power_of_2_from(N))
         tile = TILE_NUMBERS if narrow else TILE_NUMBERS // 4
         most = min(CHUNK if narrow and _is_hopper() else CHUNK // 2, tile // BN)
-        Q = max(16, min(most, triton.next_power_of_2(T)))
+        Q = max(16, min(most, power_of_2_from(T)))
         dims = {"H": H, "G": G, "P": P, "N": N, "Q": Q, "BN": BN}
         widest, processors = _widest(P, tile // BN), multiprocessors(x)
         tokens = x[..., 0, 0]  # (B, T), which costs nothing to flatten
-        segments = segment(tokens, Q, H * triton.cdiv(P, widest), WALKERS * processors, cu_seqlens)
+        segments = segment(tokens, Q, H * ceil_div(P, widest), WALKERS * processors, cu_seqlens)
         chunks = cut(x, Q, cu_seqlens) if segments is None else segments.chunks
         if like is not None:
             walkers, splits = like.walkers, like.splits
@@ -64,13 +65,13 @@ class Launch:
     @property
     def walks(self) -> int:
         """The programs that walk along all sequences."""
-        return self.chunks.num_sequences * self.dims["H"] * triton.cdiv(self.dims["P"], self.walkers)
+        return self.chunks.num_sequences * self.dims["H"] * ceil_div(self.dims["P"], self.walkers)
 
 
 def _walkers(P: int, widest: int, walks: int, processors: int) -> int:
     """Channels of a program that walks: what registers have room for, or fewer where that would leave multiprocessors
     idle."""
-    while widest > 16 and walks * triton.cdiv(P, widest) < processors:
+    while widest > 16 and walks * ceil_div(P, widest) < processors:
         widest //= 2
     return widest
 
@@ -82,4 +83,4 @@ def _splits(heads: int, programs: int, processors: int) -> int:
 
 def _widest(P: int, room: int) -> int:
     """Channels of a program."""
-    return max(16, min(TILE_P, room, triton.next_power_of_2(P)))
+    return max(16, min(TILE_P, room, power_of_2_from(P)))

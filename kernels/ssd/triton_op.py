@@ -6,12 +6,13 @@ chunk have of one gradient is summed in a fixed order.
 Where sequences and heads are too few to fill the device, each walk is of segments, after a walk for their maps.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from riverrun.kernels.common.operator import operator
 from riverrun.kernels.common.self_check import check_once, deviation, draws, in_double, is_due
-from riverrun.kernels.common.shooting import NAMESPACE
 from riverrun.kernels.ssd.chunked import ssd_chunked
 from riverrun.kernels.ssd.steps import step_sizes
 from riverrun.kernels.ssd.triton_backward import gradients_kernel
@@ -21,6 +22,8 @@ from riverrun.kernels.ssd.triton_walks import Walks, rows
 
 GRADIENTS_WARPS = {64: 4, 32: 8, 16: 8}  # by the tokens of a chunk
 STAGES, READ_STAGES = 2, 3  # of the gradients; fewer for larger states
+
+Exchange = Callable[[torch.Tensor], torch.Tensor]  # of states (S, H, P, N) with ranks that share the sequences
 
 
 def scan(
@@ -35,15 +38,23 @@ def scan(
     cu_seqlens: torch.Tensor | None,
     softplus: bool,
     like: Launch | None = None,
+    enter: Exchange | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """→ y (B, T, H, P), final state (S, H, P, N) float32."""
+    """→ y (B, T, H, P), final state (S, H, P, N) float32.
+
+    Args:
+        enter: makes the initial states of the final ones that zeros would have led to.
+    """
     batch, T, H, P = x.shape
     y = x.new_empty(batch, T, H, P)
     final = x.new_empty(batch if cu_seqlens is None else len(cu_seqlens) - 1, H, P, B.shape[3], dtype=torch.float32)
     launch = Launch.of(x, B, cu_seqlens, like)
     walks = Walks(launch, Steps(launch, rows(dt), bias, A, softplus, T).make(), T)
     x, B, C = map(rows, (x, B, C))
-    walks.outputs(x, B, C, D, initial, y, final)
+    maps = walks.maps(x, B)
+    if enter is not None:
+        initial = enter(walks.ends(x, B, maps))
+    walks.outputs(x, B, C, D, initial, y, final, maps)
     return y, final
 
 
@@ -61,8 +72,13 @@ def scan_backward(
     cu_seqlens: torch.Tensor | None,
     softplus: bool,
     like: Launch | None = None,
+    leave: Exchange | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """→ the gradients of x, dt, A, B, C, D, the bias and the initial state (those three empty if there is none)."""
+    """→ the gradients of x, dt, A, B, C, D, the bias and the initial state (those three empty if there is none).
+
+    Args:
+        leave: makes the final states' adjoints of those that zeros would have led to at the initial ones.
+    """
     (batch, T, H, P), (G, N) = x.shape, B.shape[2:]
     launch = Launch.of(x, B, cu_seqlens, like)
     M, splits, Q = launch.chunks.num_chunks, launch.splits, launch.dims["Q"]
@@ -72,8 +88,12 @@ def scan_backward(
     x, B, C = map(rows, (x, B, C))
 
     grad_initial = None if initial is None else torch.empty_like(initial)
-    states, decay = walks.states(x, B, initial)
-    grad_states = walks.adjoints(rows(grad_y), C, grad_final, grad_initial, decay)
+    maps, upstream = walks.maps(x, B), rows(grad_y)
+    states = walks.states(x, B, initial, maps)
+    maps = walks.adjoint_maps(upstream, C, maps)
+    if leave is not None:
+        grad_final = leave(walks.first_adjoints(upstream, C, maps))
+    grad_states = walks.adjoints(upstream, C, grad_final, grad_initial, maps)
 
     by_read, by_a, by_d, by_written = A.new_empty(4, M, H, Q)
     flow = A.new_empty(M, H)
@@ -95,23 +115,6 @@ def scan_backward(
     grad_B, grad_C = (_total(t, x.dtype) for t in (grad_B, grad_C))
     grad_initial = A.new_empty(0) if grad_initial is None else grad_initial
     return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_bias, grad_initial
-
-
-def adjoint(
-    grad_y: torch.Tensor,
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    bias: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    softplus: bool,
-) -> torch.Tensor:
-    """→ the gradient of the initial state (S, H, P, N) alone, where that of the final one is zero: one walk."""
-    launch = Launch.of(x, B, cu_seqlens)
-    walks = Walks(launch, Steps(launch, rows(dt), bias, A, softplus, x.shape[1]).make(), x.shape[1])
-    return walks.adjoint(rows(x), rows(B), rows(grad_y), rows(C))
 
 
 def _total(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -167,7 +170,7 @@ def check(
     check_once("ssd", sizes, device, compare, 1e-4 if x.dtype == torch.float32 else 5e-2)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::ssd_triton", mutates_args=())
+@operator("ssd_triton")
 def _forward(
     x: torch.Tensor,
     dt: torch.Tensor,
@@ -192,7 +195,7 @@ def _(x, dt, A, B, C, D, bias, initial, cu_seqlens, softplus):
     return x.new_empty(batch, T, H, P), x.new_empty(S, H, P, B.shape[3], dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::ssd_triton_backward", mutates_args=())
+@operator("ssd_triton_backward")
 def _backward(
     grad_y: torch.Tensor,
     grad_final: torch.Tensor | None,

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
+from riverrun.kernels.common.whole import ceil_div, power_of_2_from
 from riverrun.kernels.ssd.triton_launch import Launch
 from riverrun.kernels.ssd.triton_steps import steps_backward_kernel, steps_kernel
 
@@ -35,8 +35,8 @@ class Steps:
 
     def _grid_and_options(self) -> tuple[tuple[int, int], dict[str, Any]]:
         H = self.launch.dims["H"]
-        heads = min(HEADS, triton.next_power_of_2(H))
-        return (self.launch.chunks.num_chunks, triton.cdiv(H, heads)), {
+        heads = min(HEADS, power_of_2_from(H))
+        return (self.launch.chunks.num_chunks, ceil_div(H, heads)), {
             "H": H, "Q": self.launch.dims["Q"], "BH": heads, "DT_STRIDE": self.dt.stride(0),
             "HAS_BIAS": self.bias is not None, "SOFTPLUS": self.softplus, "PACKED": self.launch.chunks.packed,
         }  # fmt: skip

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
+from riverrun.kernels.common.whole import ceil_div
 from riverrun.kernels.ssd.triton_backward import states_kernel
 from riverrun.kernels.ssd.triton_forward import forward_kernel
 from riverrun.kernels.ssd.triton_launch import Launch
@@ -16,6 +16,8 @@ FORWARD_WARPS, STATES_WARPS = 4, 4
 FORWARD_STAGES, STATES_STAGES = 2, 2
 STATES_REGISTERS = 128  # of a thread, at most: four programs fit a multiprocessor
 BLOCK_BETWEEN, STAGES_BETWEEN = 512, 4
+
+Maps = tuple[torch.Tensor, torch.Tensor]  # what segments add to a state (segments, H, P, N); their decays (segments, H)
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
@@ -53,28 +55,32 @@ class Walks:
         initial: torch.Tensor | None,
         y: torch.Tensor,
         final: torch.Tensor,
+        maps: Maps | None,
     ) -> None:
         """Writes y (B, T, H, P) and the final state (S, H, P, N), of x (B·T, H·P), B and C (B·T, G·N)."""
-        segments = self.launch.segments
-        if segments is not None:
-            initial = self._between(*self._maps(x, B), initial, final, backward=False)
+        if maps is not None:
+            initial = self._between(*maps, initial, final, backward=False)
         forward_kernel[(self.launch.walks,)](
             x, *self.steps, B, C, x if D is None else D, final if initial is None else initial, y, final,
             *self.launch.chunks.tensors[:2], self.T,
             **self.options(), X_STRIDE=x.stride(0), B_STRIDE=B.stride(0), C_STRIDE=C.stride(0), BP=self.launch.walkers,
             HAS_D=D is not None, BY_CHANNEL=D is not None and D.dim() == 2, HAS_INITIAL=initial is not None,
-            KEEP_FINAL=segments is None, STAGES=FORWARD_STAGES, num_warps=FORWARD_WARPS,
+            KEEP_FINAL=maps is None, STAGES=FORWARD_STAGES, num_warps=FORWARD_WARPS,
         )  # fmt: skip
 
-    def states(
-        self, x: torch.Tensor, B: torch.Tensor, initial: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """→ the states at the chunks' starts (M, H, N, P) in the type of x, and the decays of the segments, if any."""
-        decay = None
-        if self.launch.segments is not None:
-            added, decay = self._maps(x, B)
-            initial = self._between(added, decay, initial, None, backward=False)
-        return self._chunk_states(x, B, initial, None, backward=False), decay
+    def ends(self, x: torch.Tensor, B: torch.Tensor, maps: Maps | None) -> torch.Tensor:
+        """→ the final states (S, H, P, N) where the initial ones are zero; nothing in between."""
+        return self._ends(x, B, maps, backward=False)
+
+    def first_adjoints(self, grad_y: torch.Tensor, C: torch.Tensor, maps: Maps | None) -> torch.Tensor:
+        """→ the adjoints of the initial states (S, H, P, N) where those of the final ones are zero."""
+        return self._ends(grad_y, C, maps, backward=True)
+
+    def states(self, x: torch.Tensor, B: torch.Tensor, initial: torch.Tensor | None, maps: Maps | None) -> torch.Tensor:
+        """→ the states at the chunks' starts (M, H, N, P) in the type of x."""
+        if maps is not None:
+            initial = self._between(*maps, initial, None, backward=False)
+        return self._chunk_states(x, B, initial, None, backward=False)
 
     def adjoints(
         self,
@@ -82,26 +88,31 @@ class Walks:
         C: torch.Tensor,
         grad_final: torch.Tensor | None,
         grad_initial: torch.Tensor | None,
-        decay: torch.Tensor | None,
+        maps: Maps | None,
     ) -> torch.Tensor:
         """→ the adjoints of the states at the chunks' ends; writes that of the initial state, if there is one."""
-        if decay is not None:
-            added = self._new_states(len(decay))
-            self._walk(grad_y, C, None, None, added, None, backward=True)
-            grad_final = self._between(added, decay, grad_final, grad_initial, backward=True)
+        if maps is not None:
+            grad_final = self._between(*maps, grad_final, grad_initial, backward=True)
             grad_initial = None
         return self._chunk_states(grad_y, C, grad_final, grad_initial, backward=True)
 
-    def adjoint(self, x: torch.Tensor, B: torch.Tensor, grad_y: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
-        """→ the adjoint of the initial state, (S, H, P, N), where that of the final one is zero; nothing in between."""
-        segments = self.launch.segments
-        found = self._new_states(self.launch.chunks.num_sequences)
-        self._walk(grad_y, C, None, None, found, None, backward=True)
-        if segments is None:
-            return found
-        whole = self._new_states(len(segments.first) - 1)
-        self._between(found, self._maps(x, B)[1], None, whole, backward=True)
-        return whole
+    def maps(self, x: torch.Tensor, B: torch.Tensor) -> Maps | None:
+        """Of the segments, if there are any."""
+        if self.launch.segments is None:
+            return None
+        added = self._new_states(self.launch.chunks.num_sequences)
+        decay = added.new_empty(added.shape[:2])
+        self._walk(x, B, None, None, added, decay, backward=False)
+        return added, decay
+
+    def adjoint_maps(self, grad_y: torch.Tensor, C: torch.Tensor, maps: Maps | None) -> Maps | None:
+        """The same of adjoints."""
+        if maps is None:
+            return None
+        _, decay = maps
+        added = self._new_states(len(decay))
+        self._walk(grad_y, C, None, None, added, None, backward=True)
+        return added, decay
 
     def _walk(
         self,
@@ -131,12 +142,14 @@ class Walks:
         self._walk(x, B, first, states, last, None, backward=backward)
         return states
 
-    def _maps(self, x: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What each segment adds to the state (segments, H, P, N), and its decay (segments, H)."""
-        added = self._new_states(self.launch.chunks.num_sequences)
-        decay = added.new_empty(added.shape[:2])
-        self._walk(x, B, None, None, added, decay, backward=False)
-        return added, decay
+    def _ends(self, x: torch.Tensor, B: torch.Tensor, maps: Maps | None, *, backward: bool) -> torch.Tensor:
+        segments = self.launch.segments
+        found = self._new_states(self.launch.chunks.num_sequences if segments is None else len(segments.first) - 1)
+        if maps is None:
+            self._walk(x, B, None, None, found, None, backward=backward)
+        else:
+            self._between(*maps, None, found, backward=backward)
+        return found
 
     def _between(
         self,
@@ -150,7 +163,7 @@ class Walks:
         """→ the states from which segments are walked; writes the ones after all of a sequence's, if wanted."""
         assert self.launch.segments is not None
         first, (_, H, P, N), states = self.launch.segments.first, added.shape, torch.empty_like(added)
-        between_kernel[((len(first) - 1) * H * triton.cdiv(P * N, BLOCK_BETWEEN),)](
+        between_kernel[((len(first) - 1) * H * ceil_div(P * N, BLOCK_BETWEEN),)](
             added, decay, decay if outer is None else outer, states, decay if last is None else last, first,
             H=H, NUMBERS=P * N, BLOCK=BLOCK_BETWEEN, HAS_OUTER=outer is not None, KEEP_LAST=last is not None,
             BACKWARD=backward, STAGES=STAGES_BETWEEN,

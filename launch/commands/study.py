@@ -45,6 +45,17 @@ def study(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many runs of each setting: seeds 0, 1, ….")] = 3,
     held_out: Annotated[int, typer.Option(min=1, help="Held-out sequences of each measurement.")] = 512,
+    patience: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Perfect measurements in a row that end a run; 0: none do. After all steps, at the lowest learning "
+            "rates, what is learnt holds on longer sequences.",
+        ),
+    ] = 3,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs at a time, each in a process: small models do not fill a GPU.")
+    ] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto is CUDA where there is any.")] = "auto",
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="The folder for runs, table and plot; default: studies/NAME.")
@@ -53,14 +64,15 @@ def study(
     """Train small models of several mixers on a generated task, and test them on longer sequences.
 
     Every mixer is trained at every learning rate; the best one on held-out data of the training length is reported.
-    Writes runs.jsonl, study.md and study.png. A second call with the same --out trains only what is missing.
+    Writes runs.jsonl, study.md and study.png, anew after each run. A second call with the same --out trains only what
+    is missing.
     """
     from rich.text import Text
 
     from riverrun.eval.models import resolve_device
     from riverrun.eval.studies.report import PLOT, REPORT, rich_tables, write_report
     from riverrun.eval.studies.run import Run
-    from riverrun.eval.studies.sweep import run_study
+    from riverrun.eval.studies.sweep import Finished, run_study
     from riverrun.eval.studies.tasks import make_task
 
     defaults = make_task(name).defaults
@@ -81,6 +93,7 @@ def study(
         learning_rates=defaults.learning_rates if lr is None else _numbers("--lr", lr, float),
         seeds=tuple(range(seeds)),
         held_out_rows=held_out,
+        patience=patience,
     )
     where, folder = resolve_device(device), out_dir or Path("studies", name)
     with err.status("study") as status:
@@ -91,9 +104,14 @@ def study(
             shown = f"{index + 1} of {count}: {run.mixer}, learning rate {run.learning_rate:g}, seed {run.seed}"
             status.update(shown)
 
-        finished = run_study(
-            planned, folder, where, lambda step, words: status.update(f"{shown}, step {step:,}: {words}"), started
-        )
+        def progress(step: int, words: str) -> None:
+            status.update(f"{shown}, step {step:,}: {words}")
+
+        def kept(finished: list[Finished], missing: int) -> None:
+            write_report(planned, finished, folder)
+            status.update(f"{missing} runs to come, {jobs} at a time")
+
+        finished = run_study(planned, folder, where, progress, started, kept, jobs)
     write_report(planned, finished, folder)
     for table in rich_tables(planned, finished):
         out.print(table)

@@ -19,11 +19,13 @@ from riverrun.modeling.parallel.context import Context
 from riverrun.modeling.parallel.mesh import Axis
 
 WARM_UP = 2  # calls
+LAYERS = 4  # one after the other, as in a model, whose host runs ahead of its GPU
 
 
 @dataclass(frozen=True)
 class Row:
-    """One length of a sequence, B = 1; milliseconds of forward and backward, the slowest rank's, medians.
+    """One length of a sequence, B = 1; milliseconds of a layer's forward and backward among several layers, the slowest
+    rank's, medians.
 
     Attributes:
         communication: the share of the shared time that collectives are under way.
@@ -91,17 +93,18 @@ def _step(layer: Mixer, x: torch.Tensor, upstream: torch.Tensor, layout: Layout)
 
 
 def _slowest(call: Callable[[], Any], axis: Axis, device: torch.device, repeats: int) -> float:
-    """Milliseconds from when all ranks begin to when all are done."""
+    """Milliseconds of a layer among several, from when all ranks begin to when all are done."""
     times = []
     for _ in range(WARM_UP + repeats):
         _synchronize(device)
         dist.barrier(axis.group)
         start = time.perf_counter()
-        call()
+        for _ in range(LAYERS):
+            call()
         _synchronize(device)
         taken = torch.tensor(time.perf_counter() - start, device=device)
         dist.all_reduce(taken, dist.ReduceOp.MAX, group=axis.group)
-        times.append(1e3 * taken.item())
+        times.append(1e3 * taken.item() / LAYERS)
     return statistics.median(times[WARM_UP:])
 
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from riverrun.kernels.gated_delta import gated_delta
 from riverrun.kernels.gated_rms_norm import gated_rms_norm
-from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, init_decay
+from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, init_decay, short_convs
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import GatedDeltaOptions
 from riverrun.modeling.mixers.base import Mixer, States, register
@@ -47,9 +47,11 @@ class GatedDelta(Mixer):
         hidden = layout.flatten(hidden)
         names = "qkvb" + "a" * o.use_gate + "g" * o.output_gate
         parts = dict(zip(names, project(hidden, *(getattr(self, f"{name}_proj") for name in names))))
-        q = self.q_conv(parts["q"], layout, states, "q_conv").unflatten(-1, (-1, K))
-        k = self.k_conv(parts["k"], layout, states, "k_conv").unflatten(-1, (n, -1, K))
-        v = self.v_conv(parts["v"], layout, states, "v_conv").unflatten(-1, (n, -1, V))
+        q, k, v = short_convs(
+            layout, states, q_conv=(self.q_conv, parts["q"]), k_conv=(self.k_conv, parts["k"]),
+            v_conv=(self.v_conv, parts["v"]),
+        )  # fmt: skip
+        q, k, v = q.unflatten(-1, (-1, K)), k.unflatten(-1, (n, -1, K)), v.unflatten(-1, (n, -1, V))
         beta = at_least_fp32(parts["b"]).sigmoid().unflatten(-1, (n, -1))
         if o.allow_neg_eigval:
             beta = 2 * beta

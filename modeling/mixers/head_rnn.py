@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from riverrun.kernels.block_linear import block_linear
 from riverrun.kernels.gated_rms_norm import gated_rms_norm
 from riverrun.kernels.head_rnn import head_rnn
-from riverrun.modeling.layers import ShortConv
+from riverrun.modeling.layers import ShortConv, short_convs
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import HeadRNNOptions, SLSTMOptions
 from riverrun.modeling.mixers.base import Mixer, States, register
@@ -53,7 +53,7 @@ class _HeadRNN(Mixer):
         self.o_proj = nn.Linear(self.inner, hidden_size, bias=False)
 
     def convolve(self, x: torch.Tensor, layout: Layout, states: States | None) -> torch.Tensor:
-        return x if self.conv is None else self.conv(x, layout, states, "conv")
+        return x if self.conv is None else short_convs(layout, states, conv=(self.conv, x))[0]
 
     def recur(self, gates: torch.Tensor, layout: Layout, states: States | None) -> torch.Tensor:
         """Pre-activations (B, T, G, inner) without their bias → h (B, T, H, K)."""

@@ -5,7 +5,7 @@ from torch import nn
 
 from riverrun.kernels.ssd import ssd
 from riverrun.kernels.ssd.steps import step_sizes
-from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, init_decay
+from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, init_decay, short_convs
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import Mamba2Options
 from riverrun.modeling.mixers.base import Mixer, States, register
@@ -47,9 +47,10 @@ class Mamba2(Mixer):
         o = self.options
         hidden = layout.flatten(hidden)
         z, x, B, C, dt = project(hidden, self.z_proj, self.x_proj, self.B_proj, self.C_proj, self.dt_proj)
-        x = self.x_conv(x, layout, states, "x_conv").unflatten(-1, (-1, o.head_dim))
-        B = self._groups(self.B_conv(B, layout, states, "B_conv"))
-        C = self._groups(self.C_conv(C, layout, states, "C_conv"))
+        x, B, C = short_convs(
+            layout, states, x_conv=(self.x_conv, x), B_conv=(self.B_conv, B), C_conv=(self.C_conv, C)
+        )  # fmt: skip
+        x, B, C = x.unflatten(-1, (-1, o.head_dim)), self._groups(B), self._groups(C)
         inputs = (x, dt, -at_least_fp32(self.A_log).exp(), B, C, at_least_fp32(self.D))
         dt_bias = at_least_fp32(self.dt_bias)
         if self.state_control is not None and not self.training:

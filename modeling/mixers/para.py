@@ -17,7 +17,7 @@ from torch import nn
 from riverrun.kernels.block_linear import block_linear
 from riverrun.kernels.para_gru import para_gru
 from riverrun.kernels.para_lstm import para_lstm
-from riverrun.modeling.layers import RMSNorm, ShortConv, at_least_fp32
+from riverrun.modeling.layers import RMSNorm, ShortConv, at_least_fp32, short_convs
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixer_options import ParaGRUOptions, ParaLSTMOptions
 from riverrun.modeling.mixers.base import Mixer, States, register
@@ -73,7 +73,7 @@ class _ParaMixer(Mixer):
     def forward(self, hidden: torch.Tensor, layout: Layout, states: States | None = None) -> torch.Tensor:
         hidden = layout.flatten(hidden)
         u, z = project(hidden, self.u_proj, self.z_proj)
-        u = self.conv(u, layout, states, "conv")
+        (u,) = short_convs(layout, states, conv=(self.conv, u))
         if layout.context is not None:
             h = self.shared_cell(self.gates(u), layout.context)
         else:

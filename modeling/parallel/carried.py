@@ -1,11 +1,12 @@
-"""A linear recurrence's state carried over ranks, for kernels: what crosses is summed before gradients are computed.
+"""A linear recurrence's state carried over ranks, for kernels: what crosses is exchanged in the middle of their work.
 
-Forward, each rank finds what its shard adds to a state, all gather that, and the recurrence runs once more from the
-state that enters. Backward, each rank finds the adjoint of that state for its own outputs alone, all gather those, and
-the gradients are computed once, with the adjoint of the state that leaves. Autograd through a summary of its own would
-compute all gradients twice.
+Forward, each rank finds the state that its shard would leave from zeros, all gather those, and it goes on from the one
+that enters. Backward, each finds the adjoint of the state that enters for its own outputs alone, all gather those, and
+it goes on with the adjoint of the state that leaves. Walks of segments share the work that either half needs; autograd
+through a summary of its own would compute all gradients twice.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -13,31 +14,28 @@ import torch
 from riverrun.modeling.parallel.context import Context
 
 Inputs = tuple[torch.Tensor | None, ...]
+Exchange = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Recurrence(Protocol):
-    """An affine recurrence in pieces. `inputs` are its own; `cu_seqlens` the bounds of packed sequences, or None."""
+    """An affine recurrence. `inputs` are its own; `cu_seqlens` the bounds of packed sequences, or None."""
 
-    def summary(
-        self, inputs: Inputs, cu_seqlens: torch.Tensor | None, with_transfer: bool
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """How sequences map a state: the transfer, as `apply` takes it, if wanted; and what they add, (S, …)."""
+    def transfer(self, inputs: Inputs, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+        """How sequences map a state, as `apply` takes it."""
 
-    def run(self, inputs: Inputs, initial: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-        """The outputs from the initial states (S, …)."""
-
-    def adjoint(self, grad: torch.Tensor, inputs: Inputs, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-        """The gradient (S, …) of the initial states where that of the final ones is zero."""
+    def run(self, inputs: Inputs, cu_seqlens: torch.Tensor | None, enter: Exchange) -> torch.Tensor:
+        """The outputs. `enter` makes the initial states (S, …) of the final ones that zeros would have led to."""
 
     def gradients(
         self,
         grad: torch.Tensor,
-        grad_final: torch.Tensor,
         inputs: Inputs,
         initial: torch.Tensor,
         cu_seqlens: torch.Tensor | None,
+        leave: Exchange,
     ) -> Inputs:
-        """Of the inputs, from those of the outputs and of the final states (S, …)."""
+        """Of the inputs, from that of the outputs. `leave` makes the final states' adjoints (S, …) of those that zeros
+        would have led to at the initial ones."""
 
     def apply(self, transfer: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """The transfer of a state."""
@@ -59,19 +57,30 @@ class _Carried(torch.autograd.Function):
     def forward(
         ctx: Any, context: Context, recurrence: Recurrence, tokens: int, *inputs: torch.Tensor | None
     ) -> torch.Tensor:
-        ends = *(t if t is None else context.tail(t) for t in inputs[:tokens]), *inputs[tokens:]
-        transfer, added = recurrence.summary(ends, context.tail_seqlens, context.chain > 0)
-        initial = context.initial(context.incoming(added, transfer, recurrence.apply))
+        transfer = initial = None
+        if context.chain:
+            tail = *(t if t is None else context.tail(t) for t in inputs[:tokens]), *inputs[tokens:]
+            transfer = recurrence.transfer(tail, context.tail_seqlens)
+
+        def enter(ends: torch.Tensor) -> torch.Tensor:
+            nonlocal initial
+            added = ends if context.cu_seqlens is None else ends[context.last]
+            initial = context.initial(context.incoming(added, transfer, recurrence.apply))
+            return initial
+
+        outputs = recurrence.run(inputs, context.cu_seqlens, enter)
         ctx.context, ctx.recurrence = context, recurrence
         ctx.save_for_backward(initial, transfer, *inputs)
-        return recurrence.run(inputs, initial, context.cu_seqlens)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         context, recurrence = ctx.context, ctx.recurrence
         initial, transfer, *inputs = ctx.saved_tensors
-        grad = grad.contiguous()
-        adjoints = recurrence.adjoint(grad, tuple(inputs), context.cu_seqlens)
-        first = adjoints if context.cu_seqlens is None else adjoints[context.first]
-        grad_final = context.final(context.leaving(first, transfer, recurrence.apply_adjoint))
-        return None, None, None, *recurrence.gradients(grad, grad_final, tuple(inputs), initial, context.cu_seqlens)
+
+        def leave(adjoints: torch.Tensor) -> torch.Tensor:
+            first = adjoints if context.cu_seqlens is None else adjoints[context.first]
+            return context.final(context.leaving(first, transfer, recurrence.apply_adjoint))
+
+        gradients = recurrence.gradients(grad.contiguous(), tuple(inputs), initial, context.cu_seqlens, leave)
+        return None, None, None, *gradients

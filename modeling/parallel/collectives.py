@@ -148,6 +148,24 @@ def _pass_on(x: torch.Tensor, axis: Axis, step: int) -> torch.Tensor:
     return received
 
 
+def with_end(x: torch.Tensor, begin: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x` (B, T, …), and its tokens from `begin` on; for one that is used once, by what makes a new gradient of it:
+    that of the end is added in place, which spares two passes over all of it."""
+    return _WithEnd.apply(x, begin)
+
+
+class _WithEnd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, begin: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.begin = begin
+        return x.view_as(x), x[:, begin:].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, grad_end: torch.Tensor) -> tuple[torch.Tensor, None]:
+        grad[:, ctx.begin :] += grad_end
+        return grad, None
+
+
 class _Depend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, collected: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from riverrun.modeling.parallel.collectives import all_gather, depend
+from riverrun.modeling.parallel.collectives import all_gather, depend, with_end
 from riverrun.modeling.parallel.mesh import Axis
 
 Apply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -91,6 +91,11 @@ class Context:
         T = self.shape[1]
         broken = {divmod(start // T, self.axis.size) for start in self.bounds[:-1] if start % T}
         return tuple(tuple(j and (b, r) not in broken for b, j in enumerate(row)) for r, row in enumerate(self.joins))
+
+    @property
+    def goes_on(self) -> tuple[bool, ...]:
+        """Of each row, whether the next shard begins with the document that this rank's ends with."""
+        return self.joins[self.axis.rank + 1] if self.axis.rank + 1 < self.axis.size else (False,) * self.shape[0]
 
     @property
     def connected(self) -> bool:
@@ -200,12 +205,13 @@ class Context:
         tokens of each row's last piece, (1, N, …) with bounds `tail_seqlens`."""
         return x if self.cu_seqlens is None else x.index_select(1, self._tail[0])
 
-    def recent(self, x: torch.Tensor, limit: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `tail`, but no more than `limit` tokens of each piece; and their bounds as an op takes them."""
+    def with_recent(self, x: torch.Tensor, limit: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """`x`, to be used once; as `tail`, but no more than `limit` tokens of each piece; and their bounds as an op
+        takes them."""
         if self.cu_seqlens is None:
-            return x[:, max(0, self.shape[1] - limit) :].contiguous(), None
+            return *with_end(x, max(0, self.shape[1] - limit)), None
         tokens, bounds = self._ends(limit)
-        return x.index_select(1, tokens), bounds
+        return x, x.index_select(1, tokens), bounds
 
     @cached_property
     def _masks(self) -> dict[tuple[bool, ...], torch.Tensor]:

@@ -1,38 +1,39 @@
-"""The causal convolution over shards: a rank's first tokens need the last ones of the rank before."""
+"""Causal convolutions over shards: a rank's first tokens need the last ones of the rank before."""
+
+from collections.abc import Sequence
 
 import torch
 
-from riverrun.kernels.causal_conv1d import causal_conv1d
-from riverrun.modeling.parallel.collectives import shift
+from riverrun.modeling.parallel.collectives import shift, with_end
 from riverrun.modeling.parallel.context import Context
 
 
-def context_conv1d(
-    context: Context, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
-) -> torch.Tensor:
-    """`causal_conv1d` of rows that several ranks share. x (B, T, D), or (1, B·T, D) if documents begin inside rows.
+def with_inputs_before(
+    context: Context, inputs: Sequence[torch.Tensor], taps: int
+) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The inputs of convolutions of that many taps, on rows that several ranks share, each to be used once: (B, T, D),
+    or (1, B·T, D) if documents begin inside rows; and what these begin with: the taps − 1 inputs before each of the
+    shard's S pieces of documents, (S, taps − 1, D), or None: zeros.
 
-    The last W − 1 inputs of every row go to the next rank, and their gradients come back.
+    The last inputs of every row go to the next rank, all in one message, and their gradients come back.
 
     Raises:
-        ValueError: a document passes through a shard of fewer than W − 1 tokens a row.
+        ValueError: a document passes through a shard of fewer than taps − 1 tokens a row.
     """
-    (B, T), tail = context.shape, weight.shape[1] - 1
-    initial = None
-    if context.connected and tail:
-        if tail > T:
-            raise ValueError(
-                f"shards of {T} tokens a row are shorter than the {tail} that a convolution of {tail + 1} taps looks "
-                "back: lower parallel.cp, or take longer rows"
-            )
-        last = x.view(B, T, -1)[:, T - tail :]
-        if context.cu_seqlens is not None:  # what lies before the row's last piece is another document's
-            place = torch.arange(T - tail, T, device=x.device)
-            last = last.where((place >= context.first_of_last[:, None])[..., None], 0)
-        before = shift(last, context.axis)
-        joins = context.mask(context.joins[context.axis.rank], before)
-        initial = context.initial(torch.where(joins, before, 0))
-    y, _ = causal_conv1d(
-        x, weight, bias, activation=activation, initial_state=initial, cu_seqlens=context.cu_seqlens
-    )  # fmt: skip
-    return y
+    (B, T), tail = context.shape, taps - 1
+    if not context.connected or not tail:
+        return [(x, None) for x in inputs]
+    if tail > T:
+        raise ValueError(
+            f"shards of {T} tokens a row are shorter than the {tail} that a convolution of {taps} taps looks "
+            "back: lower parallel.cp, or take longer rows"
+        )
+    wholes, ends = zip(*(with_end(x.view(B, T, -1), T - tail) for x in inputs))
+    last = torch.cat(ends, dim=-1)
+    if context.cu_seqlens is not None:  # what lies before the row's last piece is another document's
+        place = torch.arange(T - tail, T, device=last.device)
+        last = last.where((place >= context.first_of_last[:, None])[..., None], 0)
+    before = shift(last, context.axis)
+    joins = context.mask(context.joins[context.axis.rank], before)
+    befores = context.initial(torch.where(joins, before, 0)).split([x.shape[-1] for x in inputs], dim=-1)
+    return [(whole.view(x.shape), before) for whole, x, before in zip(wholes, inputs, befores)]

@@ -8,9 +8,10 @@ the first shard's state does not depend on anything before it.
 
 The gradient is exact, and parallel as well: at the solution dg_{r+1} = dΦ_r + A_r dg_r, which is affine again.
 
-Cells mostly forget long before a shard is over. So where shards are long, the last BURN_IN tokens of each are asked
-first whether anything before them still shows in the state that leaves, on any rank: if not, to within the state's
-rounding, they are all that has to be computed twice. The host waits for that answer, and for those below.
+Cells mostly forget long before a shard is over. So where shards are long, the states that enter are first made of the
+last BURN_IN tokens of each, and these are asked whether anything before them still shows in the state that leaves, on
+any rank: if not, to within the state's rounding, they are all that has to be computed twice. The host waits for that
+answer, together with the check below.
 
 A chain of more than PASSES shards stops early if the states that enter have settled: the largest change is a number
 that all ranks see alike. A document over all of P shards and cells that do not settle take P − 2 passes and the last
@@ -82,15 +83,38 @@ def _shared(name: str, context: Context, solve: Solve, gates: torch.Tensor, K: i
     zeros = gates.new_zeros(B, K, D, dtype=state_dtype(gates))
     if not context.connected:
         return solve(gates, context.initial(zeros), context.cu_seqlens)[0]
+    if context.longest_tail > WORTH * BURN_IN:
+        found = _from_recent(name, context, solve, gates, zeros, tolerance)
+        if found is not None:
+            return found
     for enter, passes, allowed in _entering(name, context, solve, gates, zeros, tolerance):
         h, final = solve(gates, context.initial(enter), context.cu_seqlens)
         if allowed is None:
             break
         ends = context.incoming(final.detach().index_select(0, context.last), None)
-        gap = _largest(ends - enter.detach(), context)
+        (gap,) = _largest(context, ends - enter.detach())
         if gap <= allowed:
             record_solve(f"{name}_over_ranks", passes, gap, True)
             break
+    return h
+
+
+def _from_recent(
+    name: str, context: Context, solve: Solve, gates: torch.Tensor, zeros: torch.Tensor, tolerance: float
+) -> torch.Tensor | None:
+    """h, from states that enter which are made of the last tokens of each shard alone; None if any rank's cells
+    remember more. The host waits for that once, when all has been computed."""
+    whole, recent, bounds = context.with_recent(gates, BURN_IN)
+    cut = [end - begin > BURN_IN for begin, end in context.last_pieces]
+    depends = [c or p for c, p in zip(cut, context.passes[context.axis.rank])]
+    _, A = _linearise(solve, recent, zeros, bounds, context.mask(depends, zeros), steep=True)
+    end = solve(recent, zeros, bounds)[1]
+    h, final = solve(whole, context.initial(context.incoming(end, None)), context.cu_seqlens)
+    gap = (final.index_select(0, context.last) - end).detach().where(context.mask(context.goes_on, zeros), 0)
+    remembered, apart = _largest(context, A, gap)
+    if remembered > FORGOTTEN or apart > max(tolerance, FORGOTTEN):
+        return None
+    record_solve(f"{name}_over_ranks", 1, apart, True)
     return h
 
 
@@ -99,10 +123,6 @@ def _entering(
 ) -> Iterator[tuple[torch.Tensor, int, float | None]]:
     """States that enter, cheap ones first; after how many passes; and how far the states that leave may be from them.
     The last are exact whatever the cell: None, no need to look."""
-    if context.longest_tail > WORTH * BURN_IN:
-        recent = _of_recent(context, solve, gates, zeros)
-        if recent is not None:
-            yield recent, 1, max(tolerance, FORGOTTEN)
     tail, enter, change = context.tail(gates), zeros, 0.0
     passes = context.mask(context.passes[context.axis.rank], zeros)
     for n in range(context.chain):
@@ -110,23 +130,12 @@ def _entering(
         end, A = _linearise(solve, tail, start, context.tail_seqlens, passes)
         enter = _fold(context, end, A, start)
         if n + 1 >= PASSES and context.chain > PASSES:
-            change = _largest(enter - before, context)
+            (change,) = _largest(context, enter - before)
             if change <= tolerance and n + 1 < context.chain:
                 yield _with_gradient(context, solve, tail, enter, passes), n + 2, tolerance
     if context.chain > PASSES:
         record_solve(f"{name}_over_ranks", context.chain + 1, change, change <= tolerance)
     yield _with_gradient(context, solve, tail, enter, passes), context.chain + 1, None
-
-
-def _of_recent(context: Context, solve: Solve, gates: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor | None:
-    """The states that enter, from the last tokens of each shard alone; None if any rank's cells remember more."""
-    recent, bounds = context.recent(gates, BURN_IN)
-    cut = [end - begin > BURN_IN for begin, end in context.last_pieces]
-    depends = [c or p for c, p in zip(cut, context.passes[context.axis.rank])]
-    _, A = _linearise(solve, recent, zeros, bounds, context.mask(depends, zeros), steep=True)
-    if _largest(A, context) > FORGOTTEN:
-        return None
-    return context.incoming(solve(recent, zeros, bounds)[1], None)
 
 
 def _with_gradient(
@@ -189,8 +198,8 @@ def _tame(A: torch.Tensor) -> torch.Tensor:
     return torch.nan_to_num(A, 0.0, 0.0, 0.0).clamp(-1, 1)
 
 
-def _largest(change: torch.Tensor, context: Context) -> float:
-    """Of all ranks; infinite where it is not finite."""
-    largest = change.abs().amax().nan_to_num(torch.inf, torch.inf)
+def _largest(context: Context, *changes: torch.Tensor) -> list[float]:
+    """The largest number of each, of all ranks; infinite where one is not finite."""
+    largest = torch.stack([change.abs().amax() for change in changes]).nan_to_num(torch.inf, torch.inf)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=context.axis.group)
-    return largest.item()
+    return largest.tolist()

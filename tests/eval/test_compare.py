@@ -64,6 +64,17 @@ def test_right_and_wrong_are_paired_by_key(tmp_path):
     assert found.difference == pytest.approx(0.3) and (found.interval, found.p) == mcnemar(1, 4, 10)
 
 
+def test_samples_without_a_value_are_left_out(tmp_path):
+    """A metric may be undefined for some texts, and differently so for two models."""
+    formula = {**RIGHT, "value": "share", "where": {}}
+    a = {(i,): {"share": value} for i, value in enumerate([0.5, None, 0.25, 0.75])}
+    b = {(i,): {"share": value} for i, value in enumerate([1.0, 0.5, None, 0.75])}
+    found = difference(tmp_path, a, b, formula)
+    assert (found.a, found.b, found.samples, found.method) == (0.625, 0.875, 2, "bootstrap")
+    nothing = {key: {"share": None} for key in a}
+    assert difference(tmp_path / "none", nothing, b, formula).method == "independent"
+
+
 def test_losses_are_paired_by_document(tmp_path):
     """Documents differ far more than the models do."""
     rng = np.random.default_rng(0)

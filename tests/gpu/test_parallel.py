@@ -24,22 +24,39 @@ def groups():
         group.stop()
 
 
+def apart(losses, norms, weights, whole):
+    """How far they are from another training's at most: losses and norms of gradients as a share, weights."""
+    pairs = [(losses, whole[0]), (norms, whole[1])]
+    shares = [max(abs(x / y - 1) for x, y in zip(*pair)) for pair in pairs]
+    return *shares, max((weights[name] - weight).abs().max().item() for name, weight in whole[3].items())
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize(("cp", "tp"), [(1, 1), (1, 2), (2, 1)], ids=["dp2", "tp2", "cp2"])
 @pytest.mark.parametrize("shape", ["hybrid", "para_gru"])
 def test_two_gpus_train_as_one(groups, shape, cp, tp, stage, dtype):
-    (whole,) = groups[1].run(parity_workers.train, shape, 1, 1, 1, 1, False, False, "cuda", dtype)
+    """To rounding in float32; in bf16, which moves weights by whole steps of the optimiser, they are about as far from
+    float32 as one GPU is."""
+
+    def alone(dtype, accumulation=1):
+        return groups[1].run(parity_workers.train, shape, 1, 1, 1, accumulation, False, False, "cuda", dtype)[0]
+
+    whole, bounds = alone("fp32"), [1e-4, 5e-4, 1e-4]
+    if dtype == "bf16":
+        rounded = [alone("bf16", accumulation) for accumulation in (1, 2, 4)]
+        bounds = [3 * max(x) for x in zip(*(apart(*run[:2], run[3], whole) for run in rounded))]
     results = groups[2].run(parity_workers.train, shape, cp, tp, stage, 2, True, False, "cuda", dtype)
-    rounding = {"fp32": 1e-4, "bf16": 3e-2}[dtype]
-    for got in results:
-        assert got[0] == pytest.approx(whole[0], rel=rounding)
-        assert got[1] == pytest.approx(whole[1], rel=5 * rounding)
     plan = parameter_plan(meta_model(RiverrunConfig.from_options(SHAPES[shape])), tp)
-    for name, weight in whole[3].items():
-        split, parts = plan[name], [got[3][name] for got in sorted(results, key=lambda r: r[4])[:tp]]
-        got = parts[0] if split is None else split.join(parts)
-        assert (got - weight).abs().max() < 20 * rounding * 2e-2 + rounding * weight.abs().max(), name
+    by_rank = sorted(results, key=lambda result: result[4])[:tp]
+    weights = {}
+    for name, split in plan.items():
+        parts = [result[3][name] for result in by_rank]
+        weights[name] = parts[0] if split is None else split.join(parts)
+    for losses, norms, *_ in results:
+        found = apart(losses, norms, weights, whole)
+        print(f"{shape} cp{cp} tp{tp} ZeRO-{stage} {dtype}: {found}, of {bounds}")
+        assert all(x <= bound for x, bound in zip(found, bounds)), (found, bounds)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -448,6 +448,7 @@ def test_peers_get_their_layout(op, variant):
             return out.loss + out.z_loss, None
 
     packages = {
+        "fla.ops.common.chunk_o": SimpleNamespace(),
         "fla.ops.gated_delta_rule": SimpleNamespace(chunk_gated_delta_rule=rule),
         "fla.ops.gated_delta_product": SimpleNamespace(chunk_gated_delta_product=rule),
         "mamba_ssm.ops.triton.ssd_combined": SimpleNamespace(mamba_chunk_scan_combined=scan),

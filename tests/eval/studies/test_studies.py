@@ -13,6 +13,7 @@ from riverrun.eval.studies import sweep
 from riverrun.eval.studies.report import cells, plot, rich_tables, rows, write_report
 from riverrun.eval.studies.run import Result, Run
 from riverrun.eval.studies.scoring import Accuracy, accuracy, wilson
+from riverrun.eval.studies.side_by_side import train_side_by_side
 from riverrun.eval.studies.sweep import Finished, Study, best_rates, run_study
 from riverrun.eval.studies.task import IGNORED
 from riverrun.eval.studies.tasks import make_task
@@ -60,6 +61,13 @@ def test_parity_is_learnt_holds_on_longer_rows_and_stops_early():
     assert [each.length for each in result.by_length] == [16, 64]
     assert all(each.accuracy >= 0.99 for each in result.by_length)
     assert result.losses[-1][1] < 0.1 < result.losses[0][1]
+
+
+def test_without_patience_every_step_is_trained():
+    """One token is its own parity: perfect at once."""
+    easy = replace(PARITY, mixer="attention", mixer_options={}, train_length=1, test_lengths=(), validate_every=2)
+    first, never = (train(replace(easy, steps=100, patience=patience), CPU).steps for patience in (1, 0))
+    assert first < 100 == never
 
 
 def test_the_seed_decides_everything():
@@ -125,6 +133,36 @@ def test_a_study_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     assert len(trained) == 4 + 5
 
 
+def test_runs_side_by_side_are_those_of_one_process(tmp_path):
+    planned = replace(TINY, mixers=("para_gru",), seeds=(0,))
+    reports: list[tuple[int, str]] = []
+
+    def kept(finished: list[Finished], missing: int) -> None:
+        write_report(planned, finished, tmp_path / "two")
+        reports.append((missing, (tmp_path / "two" / "study.md").read_text()))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    one = run_study(planned, tmp_path / "one", CPU)
+    torch.set_num_threads(threads)
+    two = run_study(planned, tmp_path / "two", CPU, kept=kept, jobs=2)
+    assert len(two) == 2
+    for a, b in zip(one, two, strict=True):
+        assert a.run == b.run and a.result.steps == b.result.steps
+        assert dict(b.result.losses) == pytest.approx(dict(a.result.losses), rel=1e-4)
+    assert [missing for missing, _ in reports] == [1, 0]
+    assert "1 of 2 runs, so far." in reports[0][1] and "–" in reports[0][1] and "so far" not in reports[1][1]
+    assert len((tmp_path / "two" / "runs.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_run_that_fails_beside_others_stops_none_and_is_named():
+    good, ended = replace(PARITY, steps=1, validate_every=1), []
+    with pytest.raises(RuntimeError, match=r"1 of 2 runs failed.*para_lstm, learning rate 0\.01, seed 7: steps=0 must"):
+        for run, result in train_side_by_side([replace(good, seed=7, steps=0), good], CPU, 2):
+            ended.append((run, result.steps))
+    assert ended == [(good, 1)]
+
+
 def test_another_study_is_refused(tmp_path):
     one = replace(TINY, mixers=("para_gru",), learning_rates=(1e-2,), seeds=(0,), steps=1)
     run_study(one, tmp_path, CPU)
@@ -145,7 +183,7 @@ def test_every_setting_is_part_of_the_key():
     changes = {
         "task": "s3", "mixer": "lstm", "learning_rate": 1.0, "seed": 1, "layers": 2, "width": 16, "steps": 1,
         "batch_size": 1, "train_length": 1, "test_lengths": (1,), "validate_every": 1, "held_out_rows": 1,
-        "task_options": {"a": 1}, "mixer_options": {}, "version": 0,
+        "task_options": {"a": 1}, "mixer_options": {}, "patience": 0, "version": 0,
     }  # fmt: skip
     assert changes.keys() == asdict(PARITY).keys()
     keys = {replace(PARITY, **{name: value}).key() for name, value in changes.items()}  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from riverrun.kernels.gated_delta import gated_delta
 from riverrun.kernels.ssd import ssd
 from riverrun.modeling.parallel import linear
 from riverrun.modeling.parallel.context import Context
-from riverrun.modeling.parallel.conv import context_conv1d
+from riverrun.modeling.parallel.conv import with_inputs_before
 from riverrun.modeling.parallel.linear import context_diagonal_scan, context_gated_delta, context_ssd
 from riverrun.modeling.parallel.mesh import Axis
 from tests.modeling.parallel import rows
@@ -98,7 +98,14 @@ def of_layers(how):
 
     def shared(context, *args):
         call = partial(checkpoint, use_reentrant=False) if how == "checkpoint" else lambda f, x: f(x)
-        return run(*(partial(f, context) for f in (context_conv1d, short.shared, outer.shared)), call, *args)
+
+        def conv(x, weight, bias, activation):
+            ((x, before),) = with_inputs_before(context, [x], weight.shape[1])
+            return causal_conv1d(
+                x, weight, bias, activation=activation, initial_state=before, cu_seqlens=context.cu_seqlens
+            )[0]  # fmt: skip
+
+        return run(conv, partial(short.shared, context), partial(outer.shared, context), call, *args)
 
     def whole(cu_seqlens, *args):
         def conv(x, weight, bias, activation):
