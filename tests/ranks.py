@@ -1,6 +1,7 @@
 """Groups of ranks that stay alive for a whole file of tests, so that most distributed tests cost no start-up."""
 
 import functools
+import gc
 import io
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ from riverrun.modeling.parallel.mesh import Mesh
 # imported once, in the server that forks the ranks; a session has one, so that these are training's ranks' too
 PRELOAD = [
     "torch.distributed.device_mesh", "riverrun.modeling.model", "deepspeed.runtime.engine", "matplotlib.pyplot",
-    "riverrun.train.loop",
+    "riverrun.train.loop", "tests.preloaded",
 ]  # fmt: skip
 
 
@@ -95,6 +96,8 @@ def _serve(pipe, rank: int, world: int, port: int, backend: str) -> None:
         except EOFError:
             return
         torch.manual_seed(0)
+        gc.collect()
+        gc.freeze()  # so that the eight collections for each of DeepSpeed's engines have little to look through
         try:
             function = __import__(module, fromlist=[name])
             for part in name.split("."):

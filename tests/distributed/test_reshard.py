@@ -18,10 +18,11 @@ from riverrun.train.universal import reshard
 
 
 def config(zero_stage=1, tp=1, cp=1, **train):
-    """In fp32, with an eps that lets rounding stay rounding."""
+    """10 steps in fp32, saved every 2 steps, with an eps that lets rounding stay rounding."""
     return recipe(
         model=MODEL,
-        train={"dtype": "fp32", "log_every": 1, "micro_batch_size": 2, **train},
+        train={"dtype": "fp32", "steps": 10, "log_every": 1, "eval_every": 5, "micro_batch_size": 2, **train},
+        checkpoint={"every": 2},
         optimizer={"eps": 1e-3},
         engine={"zero_stage": zero_stage},
         parallel={"tp": tp, "cp": cp},
@@ -70,17 +71,17 @@ def assert_same(run_dir, straight):
 
 def test_a_run_goes_from_layout_to_layout(straight, tmp_path):
     folder = tmp_path / "run"
-    train(folder, 1, 2, world=2, kill=6)
-    assert "from step 4 " in (printed := train(folder, 3, 2, world=4, kill=10)) and "resharded" in printed
-    assert "from step 8 " in train(folder, 2, 1, world=1, kill=14)
-    assert "from step 12 " in train(folder, 3, 1, 2, world=4, kill=18)
-    assert "from step 16 " in train(folder, 1, 2, 2, world=4)
+    train(folder, 1, 2, world=2, kill=3)
+    assert "from step 2 " in (printed := train(folder, 3, 2, world=4, kill=5)) and "resharded" in printed
+    assert "from step 4 " in train(folder, 2, 1, world=1, kill=7)
+    assert "from step 6 " in train(folder, 3, 1, 2, world=4, kill=9)
+    assert "from step 8 " in train(folder, 1, 2, 2, world=4)
     assert_same(folder, straight)
 
 
 def test_the_universal_format_is_deepspeeds_and_resumes(straight, tmp_path):
     folder = tmp_path / "run"
-    train(folder, 1, 2, world=4, kill=10)
+    train(folder, 1, 2, world=4, kill=5)
     result = CliRunner().invoke(app, ["reshard", str(folder), "--out", str(tmp_path / "whole")])
     assert result.exit_code == 0, result.output
     whole = Universal(tmp_path / "whole" / "zero")
@@ -95,14 +96,14 @@ def test_the_universal_format_is_deepspeeds_and_resumes(straight, tmp_path):
     again = tmp_path / "again"
     assert "resharded" in train(again, 2, 1, world=2, resume=str(tmp_path / "whole"))
     got = [loss for step, kind, loss in losses(again) if kind == "train"]
-    want = [loss for step, kind, loss in losses(straight) if kind == "train" and step > 8]
+    want = [loss for step, kind, loss in losses(straight) if kind == "train" and step > 4]
     assert got == pytest.approx(want, rel=2e-5)
 
 
 def test_stage_three_is_put_together_alike(tmp_path):
     folder = tmp_path / "run"
-    train(folder, 3, 2, world=4, kill=6)
-    reshard(folder, tmp_path / "whole", 4)
+    train(folder, 3, 2, world=4, kill=3)
+    reshard(folder, tmp_path / "whole", 2)
     whole, shards = Universal(tmp_path / "whole" / "zero"), Shards(
         checkpoint.find(folder) / "zero", checkpoint.plan_of(config(), 2)
     )  # fmt: skip

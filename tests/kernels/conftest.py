@@ -8,5 +8,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bounds import check_accesses
 from triton import knobs
 
+from tests.interpreting import hasten
+
 if knobs.runtime.interpret:
     check_accesses()
+    hasten()
