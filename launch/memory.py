@@ -97,6 +97,7 @@ class Memory:
         activations: saved for the backward pass, by all layers.
         working: what the block that runs allocates besides; under recompute also all that it saves.
         states: recurrent states that the Triton kernels of that block hold.
+        carried: those that the rows of a step pass on to the next, if they do (`train.state_passing`).
         loss: logits of a chunk of tokens and their gradients, that of the head's weight.
         outside: an allowance for what the allocator does not count, or wastes (`CONTEXT`, `NCCL_GROUP`, `FRAGMENTED`).
     """
@@ -110,6 +111,7 @@ class Memory:
     working: float = 0.0
     states: float = 0.0
     loss: float = 0.0
+    carried: float = 0.0
     outside: float = field(default=0.0, kw_only=True)
 
     @property
@@ -166,6 +168,15 @@ def parameters(options: ModelOptions, tp: int, muon: bool = False) -> Held:
     )
 
 
+def carried(recipe: Recipe, layout: Layout) -> float:
+    """Bytes of the states that the rows of a step on one rank leave to the next."""
+    if recipe.train.state_passing.mode == "off":
+        return 0.0
+    model = meta_model(RiverrunConfig.from_options(recipe.model))
+    rows = recipe.train.global_batch_size / layout.dp
+    return rows * sum(block.mixer.state_bytes(0) for block in model.model.layers)
+
+
 def predict(recipe: Recipe, layout: Layout) -> Memory:
     """The peak of a rank's memory in training.
 
@@ -195,6 +206,7 @@ def moments(recipe: Recipe, layout: Layout) -> Iterator[Memory]:
         "weights": weights / (ranks if stage == 3 else 1),
         "gradients": 4 * P / (ranks if stage > 1 else 1),
         "optimizer": of_adam / ranks,
+        "carried": carried(recipe, layout),
     }
     gathered = {1: 0, 2: 0, 3: size * min(P, LIVE) + 4 * BUCKET}[stage]
     buckets = 2 if stage == 2 and recipe.engine.overlap_comm else 1  # one is filled while the other is reduced

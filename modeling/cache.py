@@ -16,7 +16,8 @@ class RiverrunCache:
         seen: tokens a row, padding counted.
     """
 
-    is_compileable = False  # asked by transformers' generate
+    is_compileable = False  # asked by transformers' generate,
+    is_linear = (True,)  # and, from 5.24 on, this: whether to leave it to the model to cut off what has been seen
 
     def __init__(self, num_layers: int):
         self.layers: list[dict[str, torch.Tensor]] = [{} for _ in range(num_layers)]

@@ -324,16 +324,22 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
         return False  # generate() leaves the cache to `forward`
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids, past_key_values=None, attention_mask=None, use_cache=True, prefix=None, **kwargs
+        self, input_ids, past_key_values=None, attention_mask=None, use_cache=True, prefix=None, cache=None, **kwargs
     ):
-        fresh = past_key_values is None or past_key_values.seen == 0
+        cache = past_key_values if cache is None else cache  # the name from transformers 5.24 on
+        fresh = cache is None or cache.seen == 0
         if not fresh:
-            input_ids = input_ids[:, past_key_values.seen :]
+            input_ids = input_ids[:, cache.seen :]
         return {
             "prefix": prefix if fresh else None,
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            "past_key_values": cache,
             "use_cache": use_cache,
             "logits_to_keep": 1,
         }
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        """Transformers from 5.24 on looks for `cache` in the outputs, those before for `past_key_values`."""
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        return model_kwargs | {"cache": outputs.past_key_values}

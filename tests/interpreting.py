@@ -13,8 +13,8 @@ from triton.runtime import interpreter
 
 
 def hasten() -> None:
-    """From now on, in this process, in which nothing but the interpreter may run kernels. A version of Triton whose inner
-    names are others stays as slow as it is."""
+    """From now on, in this process, in which nothing but the interpreter may run kernels. A version of Triton whose
+    inner names are others stays as slow as it is."""
     known_names = ("_patch_lang", "_get_np_dtype", "interpreter_builder")
     if not all(hasattr(interpreter, name) for name in known_names):
         return

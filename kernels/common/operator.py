@@ -35,8 +35,14 @@ class Operator:
     def register_autograd(self, gradient: Callable[..., Any], setup_context: Callable[..., None]) -> None:
         """As torch.library's, for a gradient that is not itself differentiated."""
         self._definition.register_autograd(gradient, setup_context=setup_context)
-        methods = {"forward": self._run, "setup_context": setup_context, "backward": once_differentiable(gradient)}
-        parts = {name: staticmethod(method) for name, method in methods.items()}
+
+        # torch would inspect signatures at every call of a `setup_context` of its own
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = self._run(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        parts = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(gradient))}
         self._gradient = type(self.name, (torch.autograd.Function,), parts)
 
     def __call__(self, *inputs: Any) -> Any:

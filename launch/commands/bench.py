@@ -117,14 +117,14 @@ def bench(
             for result in compare(benchmark, case, regime, import_module, repeats=repeats, only=names):
                 found.append(result)
                 status.update(f"{op}, {regime}: {result.name} is done")
-            paths = write(report, folder)
+                paths = write(report, folder)  # what there is stays if the run is cut off
         sweeps = {"length": lengths(case, sweep_min, sweep_max), "heads": head_shapes(benchmark, case)}
         for axis in (axis for axis in sweeps if sweep in (axis, "all") and sweeps[axis]):
             report.sweeps[axis] = []
             for shape, results in measure(benchmark, sweeps[axis], import_module, repeats=repeats, only=names):
                 report.sweeps[axis].append((shape, results))
                 status.update(f"{op}: T={shape.T}, {shape.H} heads, is done")
-                paths = write(report, folder)  # what there is stays if the run is cut off
+                paths = write(report, folder)
 
     out.print(Text(report.headline(), style="bold"), soft_wrap=True)
     out.print(Text(", ".join(f"{k} {v}" for k, v in report.environment().items() if v is not None)), soft_wrap=True)

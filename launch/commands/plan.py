@@ -23,6 +23,7 @@ PARTS = {
     "working": "the block at work",
     "states": "recurrent states inside its kernels",
     "loss": "logits of a chunk, and the loss",
+    "carried": "recurrent states passed from step to step",
 }
 
 

@@ -137,6 +137,20 @@ def test_muon_has_one_moment():
     assert optimizers[0] - optimizers[1] == 4 * hidden
 
 
+def test_states_that_rows_pass_on_are_counted():
+    """A row's, of every row of a step on one rank; convolutions' tails, a small part, are kept wider than in decoding."""
+    made = recipe("mamba2", "para_gru", "attention")
+    passing = made.train.state_passing.model_copy(update={"mode": "passing"})
+    train = made.train.model_copy(update={"state_passing": passing, "global_batch_size": 64})
+    model = RiverrunForCausalLM(RiverrunConfig.from_options(made.model))
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    kept = model(ids, targets=ids, states=[{}, {}, {}]).states
+    row = 4 * sum(state.numel() for layer in kept for state in layer.values())
+    found = memory.predict(made.model_copy(update={"train": train}), Layout(dp=4))
+    assert found.carried == pytest.approx(64 / 4 * row, rel=0.03)
+    assert memory.predict(made, Layout(dp=4)).carried == 0
+
+
 def test_tensor_and_context_parallel_ranks_share():
     made = recipe("para_gru", "mamba2", mamba2=Mamba2Options(num_groups=2))
     alone, context, tensor = (
