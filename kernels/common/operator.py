@@ -19,14 +19,18 @@ NAMESPACE = re.sub(r"\W", "_", __name__)
 
 class Operator:
     """A function of tensors, among them the first argument, that returns new ones. Called with all its arguments, by
-    position."""
+    position.
+
+    Attributes:
+        overload: the operator as torch's dispatcher knows it.
+    """
 
     def __init__(self, name: str, function: Callable[..., Any]):
         self.name = name
         self._function = function
         self._gradient: type[torch.autograd.Function] | None = None
         self._definition = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=())
-        self._traced = getattr(getattr(torch.ops, NAMESPACE), name).default
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def register_fake(self, fake: Callable[..., Any]) -> None:
         """`fake` makes empty tensors like the outputs."""
@@ -47,7 +51,7 @@ class Operator:
 
     def __call__(self, *inputs: Any) -> Any:
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(inputs[0]) not in PLAIN:
-            return self._traced(*inputs)
+            return self.overload(*inputs)
         if self._gradient is None or not _wanted(inputs):
             return self._run(*inputs)
         return self._gradient.apply(*inputs)

@@ -138,7 +138,7 @@ def test_muon_has_one_moment():
 
 
 def test_states_that_rows_pass_on_are_counted():
-    """A row's, of every row of a step on one rank; convolutions' tails, a small part, are kept wider than in decoding."""
+    """A row's, of every row of a step on one rank; convolutions' tails, a small part, are wider than in decoding."""
     made = recipe("mamba2", "para_gru", "attention")
     passing = made.train.state_passing.model_copy(update={"mode": "passing"})
     train = made.train.model_copy(update={"state_passing": passing, "global_batch_size": 64})
