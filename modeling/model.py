@@ -342,4 +342,5 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         """Transformers from 5.24 on looks for `cache` in the outputs, those before for `past_key_values`."""
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        return model_kwargs | {"cache": outputs.past_key_values}
+        cache = outputs.past_key_values
+        return model_kwargs if cache is None else model_kwargs | {"cache": cache}

@@ -83,7 +83,8 @@ def delta_backward(
     segments, maps, offsets = launch.segments, None, None
     if leave is not None:
         every = launch.all_sequences(k)
-        maps, offsets = walks.maps(every), walks.adjoint_offsets(grad_o, every)
+        maps = None if segments is None else walks.maps(every)
+        offsets = walks.adjoint_offsets(grad_o, every)
         grad_final = leave(walks.first_adjoints(maps, offsets))
     elif segments is not None:
         maps = walks.maps(segments.inner_end | segments.inner_start)

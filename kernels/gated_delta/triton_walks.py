@@ -98,13 +98,14 @@ class Walks:
         offsets = maps[..., : self.v.shape[-1]]
         return self._ends(maps, offsets, backward=False)
 
-    def first_adjoints(self, maps: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    def first_adjoints(self, maps: torch.Tensor | None, offsets: torch.Tensor) -> torch.Tensor:
         """→ the adjoints of the initial states (S, H, K, V) where those of the final ones are zero."""
         return self._ends(maps, offsets, backward=True)
 
-    def _ends(self, maps: torch.Tensor, offsets: torch.Tensor, *, backward: bool) -> torch.Tensor:
+    def _ends(self, maps: torch.Tensor | None, offsets: torch.Tensor, *, backward: bool) -> torch.Tensor:
         if self.launch.segments is None:
             return offsets.contiguous()
+        assert maps is not None
         last = self._new(len(self.launch.segments.first) - 1, self.v.shape[-1])
         self._between(maps, offsets, None, last, backward=backward)
         return last

@@ -148,6 +148,7 @@ def _pass_on(x: torch.Tensor, axis: Axis, step: int) -> torch.Tensor:
     return received
 
 
+@torch.compiler.disable
 def with_end(x: torch.Tensor, begin: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`x` (B, T, …), and its tokens from `begin` on; for one that is used once, by what makes a new gradient of it:
     that of the end is added in place, which spares two passes over all of it."""
