@@ -4,11 +4,14 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from riverrun.launch.console import out
+
+if TYPE_CHECKING:
+    from riverrun.modeling.benchmarks.context import Row
 
 
 def bench_context(
@@ -30,8 +33,7 @@ def bench_context(
     """
     import torch
 
-    from riverrun.launch.bench_report import Grid
-    from riverrun.modeling.benchmarks.context import Row, measure
+    from riverrun.modeling.benchmarks.context import measure
     from riverrun.modeling.mixers import MIXERS
     from riverrun.modeling.options import ModelOptions
     from riverrun.train import distributed
@@ -48,27 +50,33 @@ def bench_context(
     if problems := options.problems():
         raise ValueError("\n".join(problems))
     rank = int(os.environ["RANK"])
+    folder = out_dir or Path("bench", f"context_{mixer}")
     ranks = distributed.start(device, rank, world, int(os.environ["LOCAL_RANK"]), 10.0, cp=world)
+    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+    title = f"{mixer}, D={width}, {dtype}, B=1, {world} x {name}, torch {torch.__version__}: forward and backward"
+    about = {"mixer": mixer, "width": width, "dtype": dtype, "ranks": world, "device": name}
     rows: list[Row] = []
+    table = ""
     try:
         kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
         for size in sizes:
             rows.append(measure(mixer, options, size, kind, ranks.mesh.cp, ranks.device, repeats))
+            if rank == 0:
+                table = _write(rows, title, about, folder)  # what there is stays if the run is cut off
     finally:
         distributed.stop()
-    if rank:
-        return
-    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
-    title = f"{mixer}, D={width}, {dtype}, B=1, {world} x {name}, torch {torch.__version__}: forward and backward"
-    columns: tuple[str, ...] = (
-        "T",
-        "one rank ms",
-        f"{world} ranks ms",
-        "speed-up",
-        "of the ideal",
-        "communication",
-        "deviation",
-    )
+    if rank == 0:
+        out.print(table, soft_wrap=True, markup=False, highlight=False)
+
+
+def _write(rows: "list[Row]", title: str, about: dict[str, Any], folder: Path) -> str:
+    """Table, figures and plot; returns the table."""
+    from riverrun.launch.bench_report import Grid
+
+    world = about["ranks"]
+    columns = (
+        "T", "one rank ms", f"{world} ranks ms", "speed-up", "of the ideal", "communication", "deviation",
+    )  # fmt: skip
     cells: list[tuple[str, ...]] = [
         (
             f"{row.length:,}", f"{row.alone:.2f}", f"{row.shared:.2f}", f"{row.speedup:.2f}",
@@ -77,23 +85,15 @@ def bench_context(
         for row in rows
     ]  # fmt: skip
     table = Grid(title, columns, cells).markdown()
-    folder = out_dir or Path("bench", f"context_{mixer}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "context.md").write_text(table + "\n", encoding="utf-8")
-    record = {
-        "mixer": mixer,
-        "width": width,
-        "dtype": dtype,
-        "ranks": world,
-        "device": name,
-        "rows": [*map(asdict, rows)],
-    }
+    record = about | {"rows": [*map(asdict, rows)]}
     (folder / "context.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     _plot(rows, title, folder / "context.png")
-    out.print(table, soft_wrap=True, markup=False, highlight=False)
+    return table
 
 
-def _plot(rows: list, title: str, path: Path) -> None:
+def _plot(rows: "list[Row]", title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
