@@ -13,8 +13,7 @@ TINY = ["--width", "64", "--dtype", "fp32", "--device", "cpu", "--repeats", "1"]
 
 
 def test_every_length_has_its_row(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    torchrun += ["--master-addr", "127.0.0.1", "--master-port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = ["-m", "riverrun.launch.cli", "bench-context", "para_gru", "--lengths", "32,64", *TINY]
     done = subprocess.run([*torchrun, *command, "--out", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
