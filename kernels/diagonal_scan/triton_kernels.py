@@ -21,8 +21,8 @@ added to the input; thus chunks need not respect the documents' bounds. Tokens b
 input zero: they hand the state on.
 
 The product A of decays near one is rounded in one direction chunk for chunk: (1 − i u)(1 − j u) with u = 2⁻²⁴ loses
-i j u². Where channels remember 10,000 tokens, relative errors reach 3e-5 in rows of 4,096 and 8e-5 in rows that fill such
-memories; those of a loop of steps, which multiplies states, 3e-6.
+i j u². Where channels remember 10,000 tokens, relative errors reach 3e-5 in rows of 4,096 and 8e-5 in rows that fill
+such memories; those of a loop of steps, which multiplies states, 3e-6.
 
 A number is a tuple of K float32 tensors: itself, or its real and imaginary part. Complex numbers are read and written
 as words of 64 bits.
