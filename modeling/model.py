@@ -227,7 +227,7 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
         result = CausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=cache,  # type: ignore[arg-type]
+            past_key_values=cache,  # type: ignore[arg-type,call-arg]
             cross_entropy=cross_entropy,
             states=states,
         )
