@@ -168,6 +168,17 @@ def test_triton_rows(T, use_complex, constant):
     assert_triton_equals_reference(make_inputs(2, T, use_complex=use_complex, constant=constant))
 
 
+@both_decays
+@both_numbers
+def test_triton_long_memories(use_complex, constant):
+    """Products of decays next to one would all be rounded in one direction."""
+    T = 8192
+    dtype = WIDE[use_complex]
+    turn = torch.ones(1, dtype=dtype) if constant else torch.randn(1, T, 1, dtype=dtype).sgn()
+    a = turn * torch.exp(-torch.rand(turn.shape, dtype=torch.float64) / 1e4)
+    assert_triton_equals_reference([torch.randn(1, T, 1, dtype=dtype), a, torch.randn(1, 1, dtype=dtype)])
+
+
 @pytest.mark.parametrize("use_state, use_final", [(True, True), (True, False), (False, True), (False, False)])
 @both_numbers
 def test_triton_documents(use_complex, use_state, use_final):
@@ -310,6 +321,6 @@ def test_compiles_for(card):
     for kernel in kernels:
         assert kernel["shared"] <= shared_limit, kernel
         assert kernel["stack"] == 0, f"spills: {kernel}"
-        assert kernel["registers"] <= (160 if kernel["kernel"] == "forward_kernel" else 192), kernel
+        assert kernel["registers"] <= 192, kernel  # of 255; a second program of 8 warps would need less than 128
         # none at every block
         assert kernel["converts"] <= 2, kernel
