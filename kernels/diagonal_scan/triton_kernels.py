@@ -160,7 +160,7 @@ def _then2(
 
 @triton.jit
 def _starts(state, A, lost, E, K: tl.constexpr):
-    """The states (C, BD) at the chunks' starts, where `state` (1, BD) is the first and chunks take s to (A + lost) s + E.
+    """The states (C, BD) at the chunks' starts; `state` (1, BD) is the first, and chunks take s to (A + lost) s + E.
 
     The maps before a chunk: the lane's own are the identity, and `_then` composes the right one's with all of the left.
     """
