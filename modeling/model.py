@@ -22,6 +22,9 @@ from riverrun.modeling.parallel.context import Context
 from riverrun.modeling.parallel.loss import sharded_cross_entropy, sharded_embedding
 from riverrun.modeling.parallel.mesh import ALONE, Axis
 
+# what transformers calls the cache in a model's output: the first from 5.24 on
+_CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__)
+
 
 @dataclass
 class CausalLMOutput(CausalLMOutputWithPast):
@@ -227,9 +230,9 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
         result = CausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=cache,  # type: ignore[arg-type,call-arg]
             cross_entropy=cross_entropy,
             states=states,
+            **{_CACHE: cache},  # type: ignore[arg-type]
         )
         return result.to_tuple() if return_dict is False else result
 
@@ -342,5 +345,5 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         """Transformers from 5.24 on looks for `cache` in the outputs, those before for `past_key_values`."""
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        cache = outputs.past_key_values
+        cache = getattr(outputs, _CACHE)
         return model_kwargs if cache is None else model_kwargs | {"cache": cache}

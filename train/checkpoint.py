@@ -10,7 +10,6 @@ It is written under another name, synced to disk, and renamed once every rank is
 is never looked at; a file that was damaged later does not fit the manifest.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -27,12 +26,13 @@ from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.parallel.sharding import meta_model, parameter_plan
 from riverrun.modeling.parallel.split import Split
 from riverrun.train import engine as engines
+from riverrun.train import manifest
 from riverrun.train.config import Recipe
 from riverrun.train.distributed import Ranks
 from riverrun.train.shards import Shards, Universal
-from riverrun.train.state_passing import FOLDER
 
-PARTIAL, ASIDE = ".partial", ".superseded"
+PARTIAL, ASIDE, GONE = ".partial", ".superseded", ".removed"
+GOOD = "last_good"  # holds the name of the last known good checkpoint
 UNIVERSAL = "universal"  # the layout of a checkpoint that has none
 _NAME = re.compile(r"step_(\d{8,})")
 
@@ -50,104 +50,76 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """Finished checkpoints, oldest first. Whether their files are intact, only `problem` tells."""
+    """Finished checkpoints, oldest first. Whether their files are intact, only `manifest.problem` tells."""
     folder = folder_of(run_dir)
     found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(found, key=step_of)
 
 
-def problem(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None if all of them are as they were written."""
-    manifest = checkpoint / "manifest.json"
-    try:
-        entries = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        for name, entry in entries.items():
-            file = checkpoint / name
-            if not file.is_file():
-                return f"{file} is missing"
-            if file.stat().st_size != entry["bytes"]:
-                return f"{file} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-        for name, entry in entries.items():
-            if _sha256(checkpoint / name) != entry["sha256"]:
-                return f"{checkpoint / name} does not have the checksum it was written with"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{manifest} cannot be read ({error})"
-    return None
-
-
 def latest(run_dir: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint whose files are intact; `say` is told of every newer one that is not."""
     for checkpoint in reversed(checkpoints(run_dir)):
-        wrong = problem(checkpoint)
+        wrong = manifest.problem(checkpoint)
         if wrong is None:
             return checkpoint
         say(f"skipping checkpoint {checkpoint.name}: {wrong}")
     return None
 
 
-def save(run_dir: Path, step: int, keep: int, engine: engines.Engine, state: dict[str, Any], ranks: Ranks) -> Path:
-    """Writes a checkpoint on all ranks, then deletes all but the newest `keep`.
+def publish(partial: Path, final: Path, step: int, files: Mapping[str, manifest.Entry]) -> None:
+    """Writes the manifest of a folder whose files are all on disk, and gives it its name."""
+    manifest.write(partial, step, files)
+    for folder in (*(p for p in partial.iterdir() if p.is_dir()), partial):
+        _sync(folder)
+    remove(final)  # a damaged one of the same step
+    partial.rename(final)
+    _sync(final.parent)
 
-    Args:
-        state: goes into trainer.json; rank 0's counts.
 
-    Raises:
-        OSError: some rank could not write, on all ranks alike. Earlier checkpoints are untouched.
-    """
-    final = folder_of(run_dir) / f"step_{step:08d}"
-    partial = final.with_name(final.name + PARTIAL)
+def prune(run_dir: Path, keep: int) -> None:
+    """Deletes all checkpoints but the newest `keep` and the last known good one."""
+    good = last_good(run_dir)
+    for old in checkpoints(run_dir)[:-keep]:
+        if old != good:
+            remove(old)
 
-    def prepare() -> None:
-        if ranks.rank == 0:
-            _remove(partial)
-            (partial / engines.TAG).mkdir(parents=True)
-            (partial / "rng").mkdir()
-            if engine.states is not None:
-                (partial / FOLDER).mkdir()
 
-    def write() -> None:
-        engine.save(partial)
-        torch.save(_rng_state(), partial / "rng" / f"rank_{ranks.rank:05d}.pt")
-        if ranks.rank == 0:
-            (partial / "trainer.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+def mark_good(run_dir: Path, step: int) -> None:
+    """Notes that a finite evaluation came after the checkpoint of `step`."""
+    pointer = folder_of(run_dir) / GOOD
+    fresh = pointer.with_name(pointer.name + PARTIAL)
+    fresh.write_text(f"step_{step:08d}\n", encoding="utf-8")
+    _sync(fresh)
+    os.replace(fresh, pointer)
 
-    def describe() -> dict[str, dict[str, Any]]:
-        files = sorted(p for p in partial.rglob("*") if p.is_file())
-        return {str(p.relative_to(partial)): _sync_and_describe(p) for p in files[ranks.rank :: ranks.world_size]}
 
-    def finish() -> None:
-        if ranks.rank == 0:
-            files = {name: entry for part in parts for name, entry in sorted(part.items())}
-            manifest = partial / "manifest.json"
-            manifest.write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
-            _sync(manifest)
-            for folder in (*(p for p in partial.iterdir() if p.is_dir()), partial):
-                _sync(folder)
-            _remove(final)  # a damaged one of the same step
-            partial.rename(final)
-            _sync(final.parent)
-            for old in checkpoints(run_dir)[:-keep]:
-                _remove(old)
-
+def last_good(run_dir: Path) -> Path | None:
+    """The newest checkpoint after which the held-out loss was finite; None: there is none, or nobody looked."""
     try:
-        for action in (prepare, write):
-            _together(action, ranks)
-        parts = _together(describe, ranks)
-        _together(finish, ranks)
+        name = (folder_of(run_dir) / GOOD).read_text(encoding="utf-8").strip()
     except OSError:
-        if ranks.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return final
+        return None
+    return next((c for c in checkpoints(run_dir) if c.name == name), None)
+
+
+def to_return_to(run_dir: Path, before: int, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint from which to go on when steps after `before` went wrong: the last known good one, or, where no
+    evaluation tells, the newest intact one up to there."""
+    good = last_good(run_dir)
+    if good is not None and step_of(good) <= before and manifest.problem(good) is None:
+        return good
+    for checkpoint in reversed([c for c in checkpoints(run_dir) if step_of(c) <= before]):
+        if (wrong := manifest.problem(checkpoint)) is None:
+            return checkpoint
+        say(f"skipping checkpoint {checkpoint.name}: {wrong}")
+    return None
 
 
 def describe(folder: Path, state: dict[str, Any]) -> None:
     """Makes a folder with the files of an engine a checkpoint: adds trainer.json and the manifest."""
     (folder / "trainer.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    files = {str(p.relative_to(folder)): _sync_and_describe(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-    (folder / "manifest.json").write_text(
-        json.dumps({"step": state["step"], "files": files}, indent=1), encoding="utf-8"
-    )
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    manifest.write(folder, state["step"], {p.relative_to(folder).as_posix(): sync_and_measure(p) for p in files})
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -170,7 +142,7 @@ def restore(checkpoint: Path, engine: engines.Engine, recipe: Recipe, ranks: Ran
     state = read_state(checkpoint)
     if state["layout"] == layout_of(recipe, ranks):
         engine.load(checkpoint)
-        _set_rng_state(torch.load(checkpoint / "rng" / f"rank_{ranks.rank:05d}.pt", weights_only=True))
+        set_rng_state(torch.load(checkpoint / "rng" / f"rank_{ranks.rank:05d}.pt", weights_only=True))
         return True
     engine.adopt(open_weights(checkpoint), plan_of(recipe, ranks.mesh.tp.size))
     random.seed(f"{recipe.train.seed} {state['step']} {ranks.rank}")
@@ -200,13 +172,13 @@ def set_aside(run_dir: Path, step: int) -> list[Path]:
         The renamed checkpoints' new paths.
     """
     folder = folder_of(run_dir)
-    for half in folder.glob(f"step_*{PARTIAL}"):
-        _remove(half)
+    for half in (*folder.glob(f"step_*{PARTIAL}"), *folder.glob(f"step_*{GONE}")):
+        shutil.rmtree(half, ignore_errors=True)
     moved = []
     for checkpoint in checkpoints(run_dir):
         if step_of(checkpoint) > step:
             target = checkpoint.with_name(checkpoint.name + ASIDE)
-            _remove(target)
+            remove(target)
             moved.append(checkpoint.rename(target))
     return moved
 
@@ -240,13 +212,13 @@ def find(run_dir: Path, step: int | None = None) -> Path:
         if checkpoint not in checkpoints(run_dir):
             known = ", ".join(str(step_of(c)) for c in checkpoints(run_dir)) or "none"
             raise ValueError(f"{run_dir} has no checkpoint of step {step}; it has: {known}")
-        wrong = problem(checkpoint)
+        wrong = manifest.problem(checkpoint)
         if wrong is not None:
             raise ValueError(f"checkpoint {checkpoint.name} is damaged: {wrong}")
     return checkpoint
 
 
-def _together(action: Callable[[], Any], ranks: Ranks) -> list[Any]:
+def together(action: Callable[[], Any], ranks: Ranks) -> list[Any]:
     """Runs an action on all ranks and waits for them; an OSError of one is raised on all."""
     result, error = None, None
     try:
@@ -259,7 +231,7 @@ def _together(action: Callable[[], Any], ranks: Ranks) -> list[Any]:
     return [value for value, _ in results]
 
 
-def _rng_state() -> dict[str, Any]:
+def rng_state() -> dict[str, Any]:
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - libraries may draw from it
     state = {
         "python": random.getstate(),
@@ -271,7 +243,7 @@ def _rng_state() -> dict[str, Any]:
     return state
 
 
-def _set_rng_state(state: dict[str, Any]) -> None:
+def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy(), *rest))  # noqa: NPY002
@@ -280,14 +252,10 @@ def _set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _sync_and_describe(path: Path) -> dict[str, Any]:
+def sync_and_measure(path: Path) -> manifest.Entry:
+    """A file's entry in the manifest, once its data is on disk."""
     _sync(path)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return manifest.measure(path)
 
 
 def _sync(path: Path) -> None:
@@ -299,6 +267,10 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """A folder that is half removed when a crash comes does not have a checkpoint's name any more."""
     if path.exists():
-        shutil.rmtree(path)
+        gone = path.with_name(path.name + GONE)
+        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(gone)
+        shutil.rmtree(gone)

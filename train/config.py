@@ -99,7 +99,8 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     zero_stage: Literal[1, 2, 3] = 1
     overlap_comm: bool = False  # of stages 2 and 3: reduce gradients while the backward pass goes on
-    collective_timeout_minutes: PositiveFloat = 10.0
+    start_timeout_minutes: PositiveFloat = 30.0  # of collectives until the first step is done: loading, compiling
+    collective_timeout_minutes: PositiveFloat = 10.0  # of those after it
 
 
 class ParallelConfig(Section):
@@ -113,7 +114,22 @@ class ParallelConfig(Section):
 
 class CheckpointConfig(Section):
     every: NonNegativeInt = 500  # steps between checkpoints; 0: only at the end
-    keep: PositiveInt = 3  # newest checkpoints that are kept
+    keep: PositiveInt = 3  # newest checkpoints that are kept, besides the last one with a finite evaluation after it
+    asynchronous: bool = True  # write while training goes on, from a copy in the host's memory
+
+
+class GuardConfig(Section):
+    """What protects a run from bad steps, bad data, hung and faulty ranks: see `riverrun.train.guard`."""
+
+    sigma: NonNegativeFloat = (
+        6.0  # standard deviations above the mean that skip a step; 0: only not being finite does
+    )
+    window: Annotated[int, Field(ge=8)] = 128  # steps that these are taken over; half of them must be there
+    patience: PositiveInt = 10  # skipped steps in a row after which the run goes back to its last good checkpoint
+    rollbacks: NonNegativeInt = 3  # how often, in a whole run, before it ends
+    replicas_every: NonNegativeInt = 0  # steps between comparisons, bit by bit, of what ranks hold alike; 0: none
+    stall_minutes: NonNegativeFloat = 8.0  # without progress, after which a rank reports and ends the run; 0: never
+    start_stall_minutes: PositiveFloat = 45.0  # the same, until the first step is done
 
 
 class LogConfig(Section):
@@ -136,6 +152,7 @@ class Recipe(Section):
     engine: EngineConfig = EngineConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
 
     def problems(self) -> list[str]:

@@ -27,6 +27,11 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def on_device(self, values: list[float]) -> torch.Tensor:
+        """A float64 tensor of `values`, without waiting for the device."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value` (small and picklable), in the order of ranks."""
         values: list[Any] = [None] * self.world_size
@@ -48,6 +53,12 @@ class Ranks:
 
     def barrier(self) -> None:
         dist.barrier()
+
+    def set_timeout(self, minutes: float) -> None:
+        """Of collectives from now on, in all of the mesh's groups."""
+        axes = (self.mesh.dp, self.mesh.cp, self.mesh.tp, self.mesh.dpcp)
+        for group in {id(g): g for g in (dist.group.WORLD, *(axis.group for axis in axes)) if g is not None}.values():
+            dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 
 def resolve_device(device: str, local_rank: int) -> torch.device:

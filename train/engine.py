@@ -16,8 +16,9 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,10 +45,13 @@ TAG = "zero"  # the folder of DeepSpeed's files in a checkpoint
 
 @dataclass(frozen=True)
 class Update:
-    """What an optimiser step did: the gradient's norm before clipping, or that it was not finite and was skipped."""
+    """What an optimiser step did: the gradient's norm before clipping, and whether the weights were left alone."""
 
     grad_norm: float
     skipped: bool
+
+
+Judge = Callable[[float], bool]  # of the gradient's norm: whether the step must be skipped
 
 
 class Engine:
@@ -99,6 +103,9 @@ class Engine:
         with quiet():
             self._deepspeed = _build(model, optimizer, train, engine, ranks, accumulation, self.dtype)
             self._deepspeed.checkpoint_engine.save = self._save_file
+        self._norms = sys.modules[type(self._deepspeed.optimizer).__module__]  # which looks whether norms are finite
+        self._norm_is_invalid = self._norms.is_invalid_grad_norm
+        self._write: Callable[[Any, Path], None] = torch.save
         self.module: nn.Module = self._deepspeed.module
         self._check(optimizer, train)
 
@@ -113,7 +120,7 @@ class Engine:
         counted = [
             sum(part) if mesh.leads else 0 for part in zip(*map(objective.counts, batches))
         ]  # peers: the same rows
-        counts = torch.tensor(counted, dtype=torch.float32, device=device)
+        counts = self.ranks.on_device(counted).float()
         torch.distributed.all_reduce(counts)
         # DeepSpeed averages over the ranks with the same weights; a loss without any prediction is 0
         normalisers = counts.clamp(min=1) / mesh.dpcp.size
@@ -142,14 +149,31 @@ class Engine:
         weights = parts.new_tensor(self.objective.weights)
         return (parts * weights / normalisers).sum(), parts.detach().double()
 
-    def step(self, lr_factor: float) -> Update:
-        """Clips, updates the weights unless the gradient of some rank is not finite, and forgets the gradient."""
+    def step(self, lr_factor: float, refuses: Judge = lambda norm: False) -> Update:
+        """Clips, updates the weights unless the gradient of some rank is not finite, and forgets the gradient.
+
+        Args:
+            refuses: also skips the step if it says so, on all ranks alike. It is asked where DeepSpeed looks whether
+                the norm is finite, and waits for the device anyway; not at all if DeepSpeed knows better before.
+        """
         optim.set_lr(self._deepspeed.optimizer.param_groups, lr_factor)
-        with self._eager():
-            self._deepspeed.step()
+        asked: list[float] = []
+
+        def invalid(norm: Any) -> bool:
+            if asked:  # DeepSpeed looks again when it clips
+                return self._norm_is_invalid(norm)
+            asked.append(float(norm))
+            return refuses(asked[0]) or self._norm_is_invalid(norm)
+
+        self._norms.is_invalid_grad_norm = invalid  # type: ignore[attr-defined]
+        try:
+            with self._eager():
+                self._deepspeed.step()
+        finally:
+            self._norms.is_invalid_grad_norm = self._norm_is_invalid  # type: ignore[attr-defined]
         skipped = bool(self._deepspeed.optimizer.overflow)
-        norm = float("nan") if skipped else float(self._deepspeed.get_global_grad_norm())
-        return Update(norm, skipped)
+        assert asked or skipped, "this version of DeepSpeed checks the gradient's norm elsewhere"
+        return Update(asked[0] if asked else float("nan"), skipped)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor:
@@ -165,14 +189,17 @@ class Engine:
         """Optimiser steps so far, skipped ones counted."""
         return self._deepspeed.global_steps
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, write: Callable[[Any, Path], None] = torch.save) -> None:
         """Writes this rank's part of weights and optimiser state to `folder/zero`, on every rank, and the states that
         it passes to `folder/states`, which must be there.
+
+        Args:
+            write: is given each file's content and path. The content is the engine's own: the next step changes it.
 
         Raises:
             OSError: on the ranks where writing failed; no rank is left waiting in a collective.
         """
-        self._save_error = None
+        self._save_error, self._write = None, write
         with quiet():
             self._deepspeed.save_checkpoint(str(folder), tag=TAG, save_latest=False)
         if self.states is not None:
@@ -261,7 +288,7 @@ class Engine:
     def _save_file(self, state_dict: Any, path: str) -> None:
         """DeepSpeed's writer, except that an error waits until the collectives of `save_checkpoint` are through."""
         try:
-            torch.save(state_dict, path)
+            self._write(state_dict, Path(path))
         except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's zip writer
             self._save_error = error
 

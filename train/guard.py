@@ -1,36 +1,107 @@
-"""Watches for steps that the engine skipped because a loss or a gradient was not finite."""
+"""Decides whether a step may change the weights: its loss and its gradient's norm must be finite, and not far above
+those of the steps before.
 
-LIMIT = 10  # skipped steps in a row: a spike is over by then, a diverged model is not
+A step whose loss or norm exceeds the mean of the last `window` accepted ones by `sigma` standard deviations is skipped
+(OLMo 2, section 3.2, skips such steps too; 6 sigma over 128 steps). A skipped step uses up its data and its place in
+the schedule, but changes no weight and no moment, and stays out of the window. After `patience` skipped steps in a row
+the run goes back to its last good checkpoint, and leaves out the data of those steps.
+
+All ranks feed in the same sums over all ranks, so that all of them decide alike.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from riverrun.train.config import GuardConfig
+
+FLOOR = 5e-3  # of the mean: a standard deviation is taken to be at least that, or a plateau's noise would be an outlier
 
 
 class Diverged(ValueError):
     """Training cannot go on as it is."""
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What a step was refused for: "loss" or "gradient norm", its value, and the most that was allowed (None: the value
+    is not finite)."""
+
+    of: str
+    value: float
+    limit: float | None
+
+    def __str__(self) -> str:
+        if self.limit is None:
+            return f"the {self.of} is not finite"
+        return f"the {self.of} of {self.value:.4g} is above {self.limit:.4g}"
+
+
 class Guard:
-    """Counts skipped steps. A skipped step uses up its data and its place in the schedule, but changes no weight."""
+    """Judges steps, and counts those that were skipped.
 
-    def __init__(self) -> None:
-        self.skipped = 0
-        self.in_a_row = 0
+    Attributes:
+        skipped: steps, of the whole run.
+        in_a_row: those up to now.
+        rollbacks: of the whole run.
+    """
 
-    def observe(self, skipped: bool) -> None:
-        """Takes note of a step.
+    def __init__(self, config: GuardConfig) -> None:
+        self.config = config
+        self.skipped = self.in_a_row = self.rollbacks = 0
+        self._losses: deque[float] = deque(maxlen=config.window)
+        self._norms: deque[float] = deque(maxlen=config.window)
 
-        Raises:
-            Diverged: `LIMIT` steps in a row were skipped.
+    def judge(self, loss: float | None, norm: float) -> Verdict | None:
+        """Why a step must be skipped; None: it need not be.
+
+        Args:
+            loss: per prediction; None: the step had none.
         """
-        self.skipped += skipped
-        self.in_a_row = self.in_a_row + 1 if skipped else 0
-        if self.in_a_row >= LIMIT:
-            raise Diverged(
-                f"the loss or the gradient was not finite in {self.in_a_row} steps in a row, on every attempt: all of "
-                "them were skipped. Lower optimizer.lr, warm up longer (schedule.warmup_steps) or train in "
-                "train.dtype='fp32'"
-            )
+        pairs = [("gradient norm", norm, self._norms)]
+        if loss is not None:
+            pairs.insert(0, ("loss", loss, self._losses))
+        for of, value, _ in pairs:
+            if not math.isfinite(value):
+                return Verdict(of, value, None)
+        for of, value, history in pairs:
+            limit = self._limit(history)
+            if value > limit:
+                return Verdict(of, value, limit)
+        return None
 
-    def state(self) -> dict[str, int]:
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+    def observe(self, loss: float | None, norm: float, refused: bool) -> None:
+        """Takes note of a step that is done."""
+        self.skipped += refused
+        self.in_a_row = self.in_a_row + 1 if refused else 0
+        if not refused:
+            self._norms.append(norm)
+            if loss is not None:
+                self._losses.append(loss)
 
-    def restore(self, state: dict[str, int]) -> None:
-        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+    @property
+    def gives_up(self) -> bool:
+        """Whether so many steps in a row were skipped that waiting for better ones is of no use."""
+        return self.in_a_row >= self.config.patience
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "skipped": self.skipped,
+            "in_a_row": self.in_a_row,
+            "rollbacks": self.rollbacks,
+            "losses": list(self._losses),
+            "norms": list(self._norms),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.skipped, self.in_a_row, self.rollbacks = state["skipped"], state["in_a_row"], state["rollbacks"]
+        self._losses = deque(state["losses"], maxlen=self.config.window)
+        self._norms = deque(state["norms"], maxlen=self.config.window)
+
+    def _limit(self, history: deque[float]) -> float:
+        if not self.config.sigma or len(history) < self.config.window // 2:
+            return math.inf
+        mean = math.fsum(history) / len(history)
+        variance = math.fsum((value - mean) ** 2 for value in history) / len(history)
+        return mean + self.config.sigma * max(math.sqrt(variance), FLOOR * abs(mean))

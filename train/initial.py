@@ -17,7 +17,7 @@ from riverrun.modeling.model import RiverrunForCausalLM
 from riverrun.modeling.options import ModelOptions
 from riverrun.modeling.parallel.mesh import Axis
 from riverrun.modeling.parallel.sharding import meta_model, parameter_plan
-from riverrun.train import checkpoint
+from riverrun.train import checkpoint, manifest
 from riverrun.train.data.tokenizer import CONFIG, Tokenizer, load_tokenizer
 
 MAY_DIFFER = {  # how weights are drawn, how recurrences are computed, how far attention looks
@@ -35,7 +35,7 @@ def locate(init_from: str) -> Path:
     """
     folder = Path(init_from)
     if (folder / "trainer.json").is_file():
-        if (wrong := checkpoint.problem(folder)) is not None:
+        if (wrong := manifest.problem(folder)) is not None:
             raise ValueError(f"train.init_from={init_from} is a damaged checkpoint: {wrong}")
         return folder
     if checkpoint.folder_of(folder).is_dir():

@@ -1,39 +1,39 @@
 """The training loop: one optimiser step after another, with records, evaluations and checkpoints in between."""
 
-import json
+import contextlib
 import math
-import platform
-import random
 import signal
+import socket
 import sys
-import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from riverrun import __version__
 from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.model import RiverrunForCausalLM
-from riverrun.modeling.parallel.mesh import ALONE, Axis
-from riverrun.modeling.parallel.sharding import build_sharded, meta_model, parameter_plan
-from riverrun.train import checkpoint, initial, metrics, plot, universal
+from riverrun.modeling.parallel.sharding import meta_model, parameter_plan
+from riverrun.train import checkpoint, initial, metrics, outcome, plot, universal
 from riverrun.train import engine as engines
+from riverrun.train.build import build_model, fit
+from riverrun.train.clock import Clock
 from riverrun.train.config import Recipe
+from riverrun.train.data.gaps import Gap, place_of, with_gap
+from riverrun.train.description import write_description
 from riverrun.train.distributed import Ranks
-from riverrun.train.guard import Diverged, Guard
+from riverrun.train.guard import Diverged, Guard, Verdict
 from riverrun.train.inputs import Inputs, open_inputs
-from riverrun.train.interrupt import Interrupt
+from riverrun.train.interrupt import SIGNALS, Interrupt, StopRequests
+from riverrun.train.lock import RunLock
+from riverrun.train.prefetch import Prefetcher
 from riverrun.train.profile import Profiler
-from riverrun.train.progress import Display
-from riverrun.train.recipe import to_toml
+from riverrun.train.records import Records
 from riverrun.train.resume import Start, check_space, find_start
+from riverrun.train.saver import Saver
 from riverrun.train.schedule import lr_factor
 from riverrun.train.state_passing import FOLDER
+from riverrun.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -42,93 +42,65 @@ class Outcome:
 
     Attributes:
         step: optimiser steps done.
-        signal: the number of the signal that stopped it early, or 0.
+        stopped: what ended it early: the number of a signal, "requeue" or "stop" if it was asked to, or None.
         saved: whether the checkpoint of `step` is on disk.
         message: for the user.
     """
 
     step: int
-    signal: int
+    stopped: int | outcome.Reason | None
     saved: bool
     message: str
 
     @property
     def exit_code(self) -> int:
         if not self.saved:
-            return 1
-        return 128 + self.signal if self.signal else 0
+            return outcome.FAILED
+        if self.stopped is None:
+            return outcome.FINISHED
+        return 128 + self.stopped if isinstance(self.stopped, int) else outcome.STOPPED
 
 
-def run(recipe: Recipe, run_dir: Path, resume: str, ranks: Ranks) -> Outcome:
+def run(recipe: Recipe, run_dir: Path, resume: str, ranks: Ranks, job: str = "", agent: bool = False) -> Outcome:
     """Trains `recipe` in `run_dir`. Called on every rank alike, within a process group.
 
     The folder then holds config.toml, config.json (the model's), tokenizer/, versions.json, metrics.jsonl,
-    tensorboard/, checkpoints/ and loss.png.
+    events.jsonl, outcome.json, tensorboard/, checkpoints/, heartbeats/ and loss.png.
 
     Args:
         recipe: resolved and without problems.
         resume: see `resume.find_start`.
+        job: the scheduler's number of this job, for `riverrun status`.
+        agent: the process that started this one is torchrun's: without it, this one ends.
 
     Raises:
-        ValueError: whatever the user has to mend: ranks, data, folders, a diverging run.
+        ValueError: whatever the user has to mend: ranks, data, folders, another run in the folder, a diverging run.
     """
-    accumulation = micro_batches(recipe, ranks.mesh.dp.size)
-    with Interrupt() as interrupt:
+    recipe, note = fit(recipe, ranks.mesh.dp.size)
+    lock = RunLock(run_dir)
+    with Interrupt() as interrupt, contextlib.ExitStack() as stack:
         start = ranks.first(lambda: find_start(run_dir, resume, recipe, _warn))
+        ranks.first(lock.acquire)
+        stack.callback(lock.release)
+        watchdog, guard = None, recipe.guard
+        if guard.stall_minutes:
+            watchdog = stack.enter_context(
+                Watchdog(
+                    run_dir, ranks.rank, ranks.world_size, socket.gethostname(), parent=agent,
+                    start_seconds=60 * guard.start_stall_minutes, stall_seconds=60 * guard.stall_minutes,
+                )
+            )  # fmt: skip
         inputs = open_inputs(recipe, ranks, start.state["stores"] if start.state else None)
         weights = None
         if (source := recipe.train.init_from) is not None and start.checkpoint is None:
             weights = initial.read(ranks.first(lambda: initial.locate(source)), recipe.model)
         model = build_model(recipe, ranks.mesh.tp, weights)
-        trainer = Trainer(recipe, run_dir, ranks, model, inputs, start, accumulation, interrupt)
-        try:
-            return trainer.train()
-        finally:
-            trainer.close()
-
-
-def micro_batches(recipe: Recipe, dp_size: int) -> int:
-    """The micro batches that each of `dp_size` data-parallel ranks computes a step.
-
-    Raises:
-        ValueError: the global batch does not divide.
-    """
-    rows, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
-    if recipe.engine.zero_stage == 3 and recipe.train.eval_rows < dp_size:
-        raise ValueError(
-            f"train.eval_rows={recipe.train.eval_rows} is less than the {dp_size} data-parallel ranks, each of which "
-            f"has to evaluate a row under engine.zero_stage=3: set train.eval_rows={dp_size} or more"
-        )
-    if rows % (micro * dp_size) == 0:
-        return rows // (micro * dp_size)
-    fitting = [m for m in range(1, rows // dp_size + 1) if rows % (m * dp_size) == 0]
-    fix = (
-        f"set train.micro_batch_size to one of {', '.join(map(str, fitting))}"
-        if fitting
-        else f"set train.global_batch_size to a multiple of {dp_size}"
-    )
-    raise ValueError(
-        f"train.global_batch_size={rows} does not divide into micro batches of train.micro_batch_size={micro} on "
-        f"{dp_size} data-parallel ranks: {fix}"
-    )
-
-
-def build_model(
-    recipe: Recipe, tp: Axis = ALONE, weights: Mapping[str, torch.Tensor] | None = None
-) -> RiverrunForCausalLM:
-    """Seeds the random number generators, then builds this rank's part of the model, in fp32 on the CPU, with its
-    initial weights: its part of those given, or else the same for a seed on any number of ranks and every device."""
-    random.seed(recipe.train.seed)
-    np.random.seed(recipe.train.seed)  # noqa: NPY002 - libraries still draw from the global generator
-    torch.manual_seed(recipe.train.seed)
-    model = build_sharded(RiverrunConfig.from_options(recipe.model), tp)
-    if weights is not None:
-        initial.adopt(model, weights, tp)
-    model.train()
-    model.set_recompute(recipe.train.recompute)
-    if recipe.train.compile:
-        model.compile_blocks()
-    return model
+        accumulation = recipe.train.global_batch_size // (recipe.train.micro_batch_size * ranks.mesh.dp.size)
+        trainer = Trainer(recipe, run_dir, ranks, model, inputs, start, accumulation, interrupt, watchdog, job)
+        stack.callback(trainer.close)
+        if note:
+            trainer.records.display.say(note, style="yellow")
+        return trainer.train()
 
 
 class Trainer:
@@ -144,18 +116,25 @@ class Trainer:
         start: Start,
         accumulation: int,
         interrupt: Interrupt,
+        watchdog: Watchdog | None = None,
+        job: str = "",
     ):
         self.recipe, self.run_dir, self.ranks, self.inputs, self.interrupt = recipe, run_dir, ranks, inputs, interrupt
+        self.watchdog, self.job = watchdog, job
+        self.first = ranks.rank == 0
         self.step = start.step
         self.saved_step = start.step if start.checkpoint else -1
-        self.save_failed = False
-        self.guard, self.window = Guard(), metrics.Window()
+        self.failed_step = -1  # of the last checkpoint that could not be written
+        self.guard, self.window = Guard(recipe.guard), metrics.Window()
+        self.gaps: list[Gap] = []
+        self.saver = Saver(run_dir, recipe.checkpoint.keep, ranks, recipe.checkpoint.asynchronous)
+        self.records = Records(recipe, run_dir, self.first)
+        self.replicas = None
+        self.stops = StopRequests(run_dir if self.first else None)
         whole = meta_model(RiverrunConfig.from_options(recipe.model))
         parameters = sum(p.numel() for p in whole.parameters())
         self.flops_per_token = 3 * whole.flops_per_token(recipe.data.seq_len)
         self.peak_flops = metrics.peak_flops(recipe.log, ranks.device, recipe.train.dtype)
-        self.first = ranks.rank == 0
-        self.display = Display(False, 0, 0)
 
         plan = parameter_plan(whole, ranks.mesh.tp.size)
         shapes = {name: p.shape for name, p in whole.named_parameters()}
@@ -165,97 +144,188 @@ class Trainer:
         )
         same, stateless = True, False
         if start.checkpoint is not None:
-            same = checkpoint.restore(start.checkpoint, self.engine, recipe, ranks)
-            states = self.engine.states
-            stateless = states is not None and not states.restore(start.checkpoint / FOLDER)
-            assert self.engine.global_steps == start.step
             assert start.state is not None
-            self.guard.restore(start.state["guard"])
-            self.window = metrics.Window(**start.state["window"])
+            same, stateless = self._restore(start.checkpoint, start.state)
+        self.begun = self.step
 
-        self.file: metrics.MetricsFile | None = None
-        self.dashboards: metrics.Dashboards | None = None
         if self.first:
-            _write_description(run_dir, recipe, model, inputs, ranks)
+            write_description(run_dir, recipe, model, inputs, ranks)
             superseded = checkpoint.set_aside(run_dir, self.step) if checkpoint.folder_of(run_dir).is_dir() else []
-            self.dashboards = metrics.Dashboards(recipe.log, run_dir, recipe.model_dump(mode="json"), self.step)
-            self.file = metrics.MetricsFile(run_dir / "metrics.jsonl", self.step)
-            self.display = Display(True, recipe.train.steps, self.step)
+            self.records.open(self.step)
             begin = f"from the weights of {recipe.train.init_from}" if recipe.train.init_from else "from the beginning"
             where = f"from step {self.step} ({start.checkpoint})" if start.checkpoint else begin
             where += "" if same else ", resharded for this layout"
             where += ", which has no recurrent states: rows start from zeros once" if stateless else ""
-            self.display.say(
+            self.records.event(
+                "start",
+                self.step,
                 f"{recipe.name}: {parameters / 1e6:,.1f}M parameters, {recipe.train.dtype}, "
                 f"ZeRO-{recipe.engine.zero_stage} on {ranks.world_size} x {ranks.device.type} "
-                f"({ranks.mesh.describe()}), {where}; run folder {run_dir}"
+                f"({ranks.mesh.describe()}), {where}; run folder {run_dir}",
+                style="none",
             )
             for path in superseded:
-                self.display.say(f"later checkpoint moved to {path}", style="yellow")
+                self.records.display.say(f"later checkpoint moved to {path}", style="yellow")
             if warning := check_space(run_dir, 14 * parameters):
-                self.display.say(f"warning: {warning}", style="yellow")
+                self.records.display.say(f"warning: {warning}", style="yellow")
+            self._stand("running")
 
     def train(self) -> Outcome:
-        """Runs to the last step, or to a signal."""
-        recipe, stopped, begun = self.recipe, 0, self.step
+        """Runs to the last step, or until it is stopped."""
+        recipe, stopped = self.recipe, None
         profiler = Profiler(self.run_dir, self.ranks.rank) if recipe.profile else None
         self.clock = Clock()
         if self.step == 0 and recipe.train.eval_every:
             self._evaluate()  # the untrained model, for the curve
-        with Prefetcher(self.inputs.train.step, self.step, recipe.train.steps) as batches:
-            while self.step < recipe.train.steps and not stopped:
-                stopped = self._step(batches.next())
-                if profiler is not None:
-                    profiler.step()
-                self.display.step(self.step)
-                if self._due(recipe.train.log_every):
-                    self._record()
-                if recipe.train.eval_every and self._due(recipe.train.eval_every):
-                    self._evaluate()
-                if recipe.checkpoint.every and self._due(recipe.checkpoint.every):
-                    self._save()
+        while self.step < recipe.train.steps and stopped is None:
+            with Prefetcher(self._batches, self.step, recipe.train.steps) as batches:
+                while self.step < recipe.train.steps and stopped is None and not self.guard.gives_up:
+                    self._phase("data")
+                    stopped = self._step(batches.next())
+                    if profiler is not None:
+                        profiler.step()
+                    self.records.display.step(self.step)
+                    if self._due(recipe.train.log_every):
+                        self._record()
+                    if recipe.train.eval_every and self._due(recipe.train.eval_every):
+                        self._evaluate()
+                    if recipe.checkpoint.every and self._due(recipe.checkpoint.every) and not self.guard.gives_up:
+                        self._save()
+            if self.guard.gives_up:
+                self._roll_back()
         if profiler is not None:
             profiler.close()
-        if self.step > begun and not stopped and not recipe.train.eval_every:
+        if self.step > self.begun and stopped is None and not recipe.train.eval_every:
             self._evaluate()
-        if self.saved_step != self.step:
+        self._finish_save()
+        if self.step not in (self.saved_step, self.failed_step):
             self._save()
+            self._finish_save()
         if self.first:
-            plot.loss_curve(list(metrics.read(self.run_dir / "metrics.jsonl")), self.run_dir / "loss.png", recipe.name)
+            with contextlib.suppress(OSError):  # a full disk
+                found = list(metrics.read(self.run_dir / "metrics.jsonl"))
+                plot.loss_curve(found, self.run_dir / "loss.png", recipe.name)
         return self._outcome(stopped)
 
     def close(self) -> None:
-        self.display.close()
-        for open_file in (self.file, self.dashboards):
-            if open_file is not None:
-                open_file.close()
+        """Also after an error: then the checkpoint that is being written stays half-written."""
+        self.saver.close()
+        self.records.close()
 
-    def _step(self, batches: list[Any]) -> int:
-        """One optimiser step. Returns the signal that any rank received, or 0."""
+    def _batches(self, step: int) -> list[Any]:
+        """This rank's micro batches of a step. After a gap no row goes on from the states of the step before."""
+        place = place_of(step, self.gaps)
+        batches = self.inputs.train.step(place)
+        if step and place != place_of(step - 1, self.gaps) + 1:
+            batches = [b if b.carries is None else replace(b, carries=torch.zeros_like(b.carries)) for b in batches]
+        return batches
+
+    def _step(self, batches: list[Any]) -> int | outcome.Reason | None:
+        """One optimiser step. Returns what any rank was asked to stop by."""
+        self._phase("forward")
         factor = lr_factor(self.recipe.schedule, self.step, self.recipe.train.steps)
         objective, leads = self.inputs.objective, self.ranks.mesh.leads
         summed = self.engine.accumulate(batches)
         counts = [sum(part) if leads else 0 for part in zip(*map(objective.counts, batches))]
-        received = self.interrupt.signal
-        totals = self.ranks.total(*summed.tolist(), *counts, received == signal.SIGINT, received == signal.SIGTERM)
-        losses = dict(zip(objective.names, zip(totals, totals[len(counts) :])))
-        signals = totals[-2:]
-        update = self.engine.step(factor)
+        flags = [self.interrupt.signal == number for number in SIGNALS]
+        flags += [self.stops.asked() == reason for reason in outcome.REASONS]
+        flags += [self.saver.written]
+        sums = torch.cat([summed, self.ranks.on_device([float(v) for v in (*counts, *flags)])])
+        torch.distributed.all_reduce(sums)  # which nobody waits for here: the gradient's norm is, in the engine's step
+        verdict: Verdict | None = None
+        loss: float | None = None
+
+        def refuses(norm: float) -> bool:
+            nonlocal verdict, loss
+            loss = self._objective_loss(sums.tolist())
+            verdict = self.guard.judge(loss, norm)
+            return verdict is not None
+
+        self._phase("step")
+        update = self.engine.step(factor, refuses)
         self.step += 1
         assert self.engine.global_steps == self.step
-        self.window.add(losses, update.skipped)
+        totals = sums.tolist()
+        number = len(objective.names)
+        self.window.add(dict(zip(objective.names, zip(totals[:number], totals[number:]))), update.skipped)
         self.last_update, self.last_factor = update, factor
         self.clock.count(self.recipe.train.global_batch_size * self.recipe.data.seq_len)
-        try:
-            self.guard.observe(update.skipped)
-        except Diverged as error:
-            raise Diverged(f"{error}; {self._last_saved()}") from None
-        return next((int(number) for number, count in zip((signal.SIGINT, signal.SIGTERM), signals) if count), 0)
+        self.guard.observe(loss, update.grad_norm, update.skipped)
+        if update.skipped:
+            why = verdict or self.guard.judge(self._objective_loss(totals), math.nan)
+            self.records.event("skip", self.step, f"step {self.step} skipped: {why}", reason=str(why))
+        if self.step == self.begun + 1:
+            self.ranks.set_timeout(self.recipe.engine.collective_timeout_minutes)
+        every = self.recipe.guard.replicas_every
+        if self.replicas is not None and self.step % every == 0 and (wrong := self.replicas.check()):
+            raise ValueError(f"{wrong}; {self._last_saved()}")
+        asked = totals[2 * number :]
+        if asked[-1] == self.ranks.world_size:
+            self._finish_save()
+        what = next((what for what, ranks in zip((*SIGNALS, *outcome.REASONS), asked) if ranks), None)
+        return "requeue" if what == signal.SIGUSR1 else what
+
+    def _objective_loss(self, totals: list[float]) -> float | None:
+        """The step's objective, a weighted sum of means over predictions."""
+        objective, number = self.inputs.objective, len(self.inputs.objective.names)
+        parts = [(w, s, c) for w, s, c in zip(objective.weights, totals[:number], totals[number:]) if c]
+        return sum(weight * value / count for weight, value, count in parts) if parts else None
+
+    def _roll_back(self) -> None:
+        """To the last good checkpoint, from which the run goes on without the data of the steps that were skipped.
+
+        Raises:
+            Diverged: it has gone back as often as it may, or there is nothing to go back to.
+        """
+        skipped = self.guard.in_a_row
+        before, rollbacks = self.step - skipped, self.guard.rollbacks
+        what = f"steps {before + 1} to {self.step} were skipped, {skipped} in a row (events.jsonl says why)"
+        advice = (
+            "Lower optimizer.lr, warm up longer (schedule.warmup_steps), train in train.dtype='fp32', or, if the data "
+            "changed there for good, raise guard.sigma"
+        )
+        if rollbacks >= self.recipe.guard.rollbacks:
+            often = f", and guard.rollbacks={rollbacks} are used up" if rollbacks else ""
+            raise Diverged(f"{what}{often}. {advice}; {self._last_saved()}")
+        self._finish_save()
+        target = self.ranks.first(lambda: checkpoint.to_return_to(self.run_dir, before, _warn))
+        if target is None:
+            raise Diverged(f"{what}, and there is no checkpoint to go back to. {advice}")
+        self._phase("start")
+        gaps = with_gap(self.gaps, place_of(before, self.gaps), place_of(self.step - 1, self.gaps) + 1)
+        state = checkpoint.read_state(target)
+        self.step = state["step"]
+        self._restore(target, state)
+        self.gaps, self.guard.rollbacks, self.guard.in_a_row = gaps, rollbacks + 1, 0
+        self.saved_step = self.step
+        if self.first:
+            checkpoint.set_aside(self.run_dir, self.step)
+            self.records.open(self.step)
+        self.records.event(
+            "rollback",
+            self.step,
+            f"{what}: back to step {self.step} ({target}), without their data",
+            gaps=gaps,
+        )
+        self.ranks.barrier()
+
+    def _restore(self, folder: Path, state: dict[str, Any]) -> tuple[bool, bool]:
+        """Everything that a checkpoint holds. Returns whether the layout is the same, and whether it lacks recurrent
+        states."""
+        same = checkpoint.restore(folder, self.engine, self.recipe, self.ranks)
+        states = self.engine.states
+        stateless = states is not None and not states.restore(folder / FOLDER)
+        assert self.engine.global_steps == state["step"]
+        self.guard.restore(state["guard"])
+        self.window = metrics.Window(**state["window"])
+        self.gaps = [(start, end) for start, end in state["gaps"]]
+        return same, stateless
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.recipe.train.steps
 
     def _record(self) -> None:
+        self._phase("record")
         self.window.add_solves()
         losses, window = self.window.means(), self.window
         self.window = metrics.Window()
@@ -266,7 +336,7 @@ class Trainer:
         speed = self.clock.tokens_per_second()
         device_speed = speed / self.ranks.world_size
         update, loss = self.last_update, losses.pop("loss", None)
-        self._write(
+        self.records.write(
             {
                 "kind": "train",
                 "step": self.step,
@@ -289,6 +359,7 @@ class Trainer:
         if self.inputs.held_out is None:
             return
         with self.clock.paused():
+            self._phase("evaluate")
             summed = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
             targets = 0
             batches = list(self.inputs.held_out.batches())
@@ -296,27 +367,34 @@ class Trainer:
             if self.recipe.engine.zero_stage == 3:  # every forward is a collective: no rank may stop before the others
                 rounds = max(self.ranks.gather(rounds))
             for index in range(rounds):
+                self._phase("evaluate")
                 value = self.engine.evaluate(batches[min(index, len(batches) - 1)])
                 if index < len(batches):
                     summed += value
                     targets += batches[index].num_targets if self.ranks.mesh.leads else 0
             total, count = self.ranks.total(summed.item(), targets)
-            if self.first and count:
-                loss = total / count
-                self._write(
-                    {
-                        "kind": "held_out",
-                        "step": self.step,
-                        "tokens": self._tokens(),
-                        "loss": loss,
-                        "perplexity": math.exp(min(loss, 700)),
-                        "bits_per_byte": self._bits(loss, self.inputs.held_out_bytes_per_token),
-                    }
-                )
+            if not (self.first and count):
+                return
+            loss = total / count
+            self.records.write(
+                {
+                    "kind": "held_out",
+                    "step": self.step,
+                    "tokens": self._tokens(),
+                    "loss": loss,
+                    "perplexity": math.exp(min(loss, 700)),
+                    "bits_per_byte": self._bits(loss, self.inputs.held_out_bytes_per_token),
+                }
+            )
+            if self.saved_step >= 0 and math.isfinite(loss):
+                with contextlib.suppress(OSError):  # a full disk: the one noted before stays good
+                    checkpoint.mark_good(self.run_dir, self.saved_step)
 
     def _save(self) -> None:
-        """A checkpoint. If it cannot be written, training goes on: earlier checkpoints are untouched."""
+        """Begins to write a checkpoint. If it cannot be, training goes on: earlier checkpoints are untouched."""
+        self._finish_save()
         self.window.add_solves()
+        self._phase("save")
         with self.clock.paused():
             state = {
                 "step": self.step,
@@ -324,37 +402,85 @@ class Trainer:
                 "recipe": self.recipe.model_dump(mode="json"),
                 "stores": self.inputs.fingerprints,
                 "guard": self.guard.state(),
+                "gaps": self.gaps,
                 "window": vars(self.window),
             }
             try:
-                checkpoint.save(self.run_dir, self.step, self.recipe.checkpoint.keep, self.engine, state, self.ranks)
+                self.saver.start(self.step, self.engine, state)
             except OSError as error:
-                self.save_failed = True
-                self.display.say(
-                    f"WARNING: the checkpoint of step {self.step} could not be written: {error}\n"
-                    f"Training goes on; {self._last_saved()}. Free some space.",
-                    style="bold red",
-                )
-            else:
-                self.save_failed, self.saved_step = False, self.step
+                self._save_failed(self.step, error)
+        if not self.recipe.checkpoint.asynchronous:
+            self._finish_save()
+
+    def _finish_save(self) -> None:
+        """Waits for the checkpoint that is being written, if there is one, and puts it in its place."""
+        if (step := self.saver.pending) is None:
+            return
+        self._phase("save")
+        with self.clock.paused():
+            try:
+                saved = self.saver.finish()
+            except OSError as error:
+                self._save_failed(step, error)
+                return
+        assert saved is not None
+        self.saved_step = saved.step
+        self.records.event(
+            "checkpoint",
+            saved.step,
+            stall_seconds=round(saved.stall, 3),
+            write_seconds=round(saved.seconds, 3),
+            bytes=saved.bytes,
+        )
+        self._stand("running")
+
+    def _save_failed(self, step: int, error: OSError) -> None:
+        self.failed_step = step
+        self.records.event(
+            "checkpoint failed",
+            step,
+            f"WARNING: the checkpoint of step {step} could not be written: {error}\n"
+            f"Training goes on; {self._last_saved()}. Free some space.",
+            style="bold red",
+        )
 
     def _last_saved(self) -> str:
         if self.saved_step < 0:
             return "no checkpoint has been saved"
         return f"the last checkpoint is that of step {self.saved_step} in {checkpoint.folder_of(self.run_dir)}"
 
-    def _outcome(self, stopped: int) -> Outcome:
+    def _outcome(self, stopped: int | outcome.Reason | None) -> Outcome:
         saved = self.saved_step == self.step
         if not saved:
             message = f"stopped at step {self.step}, but its checkpoint could not be saved: {self._last_saved()}"
-        elif stopped:
+        elif stopped is not None:
+            why = {"requeue": "to be started again", "stop": "as it was asked"}.get(str(stopped), "interrupted")
             message = (
-                f"interrupted after step {self.step} of {self.recipe.train.steps}, which is saved: the same command "
+                f"{why} after step {self.step} of {self.recipe.train.steps}, which is saved: the same command "
                 "with --resume auto goes on from there"
             )
         else:
             message = f"finished {self.step} steps; run folder {self.run_dir}"
-        return Outcome(self.step, stopped, saved, message)
+        if stopped == "requeue" and self.first:
+            outcome.request_stop(self.run_dir, stopped)  # if it came by a signal: so that whoever started it knows
+        end = Outcome(self.step, stopped, saved, message)
+        state: outcome.State = "failed" if not saved else "finished" if stopped is None else "stopped"
+        if self.first:
+            self._stand(state, end.exit_code, message)
+            self.records.event(state, self.step)
+        return end
+
+    def _stand(self, state: outcome.State, exit_code: int = outcome.FAILED, message: str = "") -> None:
+        if self.first:
+            standing = outcome.Standing(
+                state, self.step, self.recipe.train.steps, self.saved_step, exit_code, message, job=self.job
+            )
+            with contextlib.suppress(OSError):  # a full disk must not end the run
+                outcome.write(self.run_dir, standing)
+
+    def _phase(self, name: str) -> None:
+        if self.watchdog is not None:
+            self.watchdog.phase(name, self.step)
 
     def _tokens(self) -> int:
         return self.step * self.recipe.train.global_batch_size * self.recipe.data.seq_len
@@ -362,87 +488,6 @@ class Trainer:
     def _bits(self, loss: float | None, bytes_per_token: float | None) -> float | None:
         return metrics.bits_per_byte(loss, bytes_per_token) if loss is not None and bytes_per_token else None
 
-    def _write(self, record: dict[str, Any]) -> None:
-        assert self.file is not None and self.dashboards is not None
-        self.file.write(record)
-        self.dashboards.write(record)
-        self.display.record(record)
-
-
-class Clock:
-    """Tokens a second since the last reading, without evaluations and checkpoints."""
-
-    def __init__(self) -> None:
-        self._tokens, self._start, self._lost = 0, time.perf_counter(), 0.0
-        self._pause = 0.0
-
-    def count(self, tokens: int) -> None:
-        self._tokens += tokens
-
-    def tokens_per_second(self) -> float:
-        now = time.perf_counter()
-        speed = self._tokens / max(now - self._start - self._lost, 1e-9)
-        self._tokens, self._start, self._lost = 0, now, 0.0
-        return speed
-
-    def paused(self) -> "Clock":
-        return self
-
-    def __enter__(self) -> None:
-        self._pause = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._lost += time.perf_counter() - self._pause
-
-
-class Prefetcher:
-    """Calls `make(step)` for the next step in another thread while the current one is computed."""
-
-    def __init__(self, make: Callable[[int], list[Any]], step: int, stop: int):
-        self._make, self._next_step, self._stop = make, step, stop
-        self._pool = ThreadPoolExecutor(1, "prefetch")
-        self._future = self._submit()
-
-    def next(self) -> list[Any]:
-        assert self._future is not None
-        batches = self._future.result()
-        self._next_step += 1
-        self._future = self._submit()
-        return batches
-
-    def _submit(self):
-        return self._pool.submit(self._make, self._next_step) if self._next_step < self._stop else None
-
-    def __enter__(self) -> "Prefetcher":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
 
 def _warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
-
-
-def _write_description(run_dir: Path, recipe: Recipe, model: RiverrunForCausalLM, inputs: Inputs, ranks: Ranks) -> None:
-    """What an export or another reader needs besides the weights."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.toml").write_text(to_toml(recipe), encoding="utf-8")
-    model.config.save_pretrained(run_dir)
-    if inputs.tokenizer is not None:
-        inputs.tokenizer.save(run_dir / "tokenizer")
-    import transformers
-
-    found = {
-        "riverrun": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-        **engines.versions(),
-        "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.machine(),
-        "ranks": f"{ranks.world_size} ({ranks.mesh.describe()})",
-    }
-    (run_dir / "versions.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

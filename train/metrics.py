@@ -1,5 +1,6 @@
 """What is measured during training, and the files it goes to."""
 
+import errno
 import json
 import math
 import os
@@ -114,14 +115,20 @@ class MetricsFile:
             fresh = path.with_suffix(".partial")
             fresh.write_text(kept, encoding="utf-8")
             os.replace(fresh, path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """
+        Raises:
+            OSError: the record could not be written; nothing of it stays in the file.
+        """
+        line, end = (json.dumps(record) + "\n").encode(), os.fstat(self._file).st_size
+        if os.write(self._file, line) < len(line):  # a full disk takes what fits
+            os.ftruncate(self._file, end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
-        self._file.close()
+        os.close(self._file)
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from riverrun.train import checkpoint
+from riverrun.train import checkpoint, manifest
 from riverrun.train.config import Recipe
 from riverrun.train.recipe import LABELS, difference, load_recipe
 
@@ -29,10 +29,15 @@ MAY_CHANGE = (
     "engine.zero_stage",
     "parallel",
     "profile",
+    "engine.start_timeout_minutes",
     "engine.collective_timeout_minutes",
     "checkpoint",
+    "guard",
     "log",
 )
+
+# what launchers, the lock and the watchdog write into a folder before there is a run in it
+BESIDE = {"lock", "slurm", "ranks", "heartbeats", "stalls", "stop-request", "outcome.json", "events.jsonl"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def find_start(run_dir: Path, resume: str, recipe: Recipe, say: Callable[[str], 
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"--run-dir {run_dir} is a file: name a folder")
-    occupied = run_dir.is_dir() and any(run_dir.iterdir())
+    occupied = run_dir.is_dir() and any(path.name not in BESIDE for path in run_dir.iterdir())
     if resume == "never":
         if occupied:
             raise ValueError(f"--run-dir {run_dir} is not empty: use another folder, or --resume auto to go on there")
@@ -70,7 +75,7 @@ def find_start(run_dir: Path, resume: str, recipe: Recipe, say: Callable[[str], 
     found: Path | None
     if (source / "trainer.json").exists():
         found = source.resolve()
-        wrong = checkpoint.problem(found)
+        wrong = manifest.problem(found)
         if wrong is not None:
             raise ValueError(f"--resume {resume}: {wrong}; choose another checkpoint")
     else:

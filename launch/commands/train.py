@@ -34,24 +34,27 @@ def train(
 ) -> None:
     """Pretrain a model.
 
-    On several devices: [bold]torchrun --nproc-per-node N -m riverrun.launch.cli train …[/bold]. Ctrl-C finishes the
-    step, saves and leaves; the same command then goes on from there.
+    On several devices: [bold]riverrun launch … --nproc N[/bold]. Ctrl-C finishes the step, saves and leaves; the same
+    command then goes on from there. So does SIGUSR1, and [bold]riverrun stop RUN_DIR[/bold], with exit code 85.
     """
     loaded = shipped.load(recipe, overrides or [])
 
-    from riverrun.train import distributed, loop
+    from riverrun.train import distributed, loop, outcome
 
+    agent = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun's
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank == 0 and not agent:
+        outcome.withdraw(run_dir)  # of an earlier run; riverrun launch and the batch script do it before torchrun
     engine, parallel = loaded.recipe.engine, loaded.recipe.parallel
     ranks = distributed.start(
-        engine.device, rank, world_size, int(os.environ.get("LOCAL_RANK", 0)), engine.collective_timeout_minutes,
+        engine.device, rank, world_size, int(os.environ.get("LOCAL_RANK", 0)), engine.start_timeout_minutes,
         cp=parallel.cp, tp=parallel.tp,
     )  # fmt: skip
     try:
-        outcome = loop.run(loaded.recipe, run_dir, resume, ranks)
+        end = loop.run(loaded.recipe, run_dir, resume, ranks, os.environ.get("SLURM_JOB_ID", ""), agent)
     finally:
         distributed.stop()
     if rank == 0:
-        err.print(outcome.message, style="yellow" if outcome.exit_code else "green", soft_wrap=True, highlight=False)
-    if outcome.exit_code:
-        raise typer.Exit(outcome.exit_code)
+        err.print(end.message, style="yellow" if end.exit_code else "green", soft_wrap=True, highlight=False)
+    if end.exit_code and not (agent and end.exit_code == outcome.STOPPED):
+        raise typer.Exit(end.exit_code)

@@ -4,14 +4,16 @@ They are forked from a server that has imported everything already, so that a ra
 """
 
 import contextlib
+import ctypes
 import math
 import multiprocessing
 import os
 import resource
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,13 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from riverrun.modeling.projection import project
-from riverrun.train import checkpoint, distributed, loop
+from riverrun.train import distributed, loop, manifest, outcome
 from riverrun.train import engine as engines
 from riverrun.train.config import EngineConfig, OptimizerConfig, Recipe, TrainConfig
 from riverrun.train.data.packing import Batch
 from riverrun.train.inputs import Inputs
 from riverrun.train.objectives.objective import Objective
+from riverrun.train.saver import Saver
 from riverrun.train.shards import Shards
 from tests.ranks import PRELOAD, meet_at, meeting_place
 
@@ -290,7 +293,8 @@ def recipe(**sections: dict[str, Any]) -> Recipe:
         "train": {"steps": 20, "global_batch_size": 8, "micro_batch_size": 2, "log_every": 3, "eval_every": 10},
         "optimizer": {"lr": 1e-2},
         "schedule": {"warmup_steps": 2},
-        "checkpoint": {"every": 4, "keep": 2},
+        "checkpoint": {"every": 4, "keep": 2, "asynchronous": False},
+        "guard": {"window": 8},
         "log": {"tensorboard": False},
     }
     for name, section in sections.items():
@@ -302,15 +306,26 @@ def recipe(**sections: dict[str, Any]) -> Recipe:
 class Counting:
     """Rows that count up from a random start: learnable, and a pure function of the step."""
 
-    def __init__(self, config: Recipe, ranks: distributed.Ranks, at: dict[int, Callable[[], None]]):
-        self.config, self.ranks, self.at = config, ranks, at
+    def __init__(
+        self,
+        config: Recipe,
+        ranks: distributed.Ranks,
+        at: dict[int, Callable[[], None]],
+        bad: Collection[int] = (),
+        missing: range = range(0),
+    ):
+        self.config, self.ranks, self.at, self.bad, self.missing = config, ranks, at, bad, missing
 
     def step(self, step: int) -> list[Batch]:
+        if self.missing and step >= self.missing.start:
+            step += len(self.missing)
         self.at.get(step, lambda: None)()
         train, length = self.config.train, self.config.data.seq_len
         generator = torch.Generator().manual_seed(step)
         begin = torch.randint(0, 64, (train.global_batch_size, 1), generator=generator)
         tokens = (begin + torch.arange(length + 1)) % 64
+        if step in self.bad:
+            tokens = torch.zeros_like(tokens)  # which is what `spoil` goes by
         mine = tokens.chunk(self.ranks.mesh.dp.size)[self.ranks.mesh.dp.rank]
         return [batch(rows[:, :-1], rows[:, 1:].contiguous()) for rows in mine.split(train.micro_batch_size)]
 
@@ -321,6 +336,29 @@ class HeldOut:
 
     def batches(self) -> list[Batch]:
         return self.data.step(10**6)
+
+
+def obey_permissions() -> None:
+    """Takes from root, in this thread and those that it starts, the right to write what nobody may write."""
+    if os.geteuid() != 0:
+        return
+    libc, override = ctypes.CDLL(None, use_errno=True), 1 << 1  # CAP_DAC_OVERRIDE
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()  # version 3, this thread
+    assert libc.capget(header, sets) == 0
+    sets[0] &= ~override
+    assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
+
+
+def spoil(factor: float, here: bool) -> None:
+    """Losses of bad batches are multiplied, and their gradients: on this rank, if `here`."""
+    losses = engines.Engine._losses
+
+    def spoilt(engine: engines.Engine, batch: Batch, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, parts = losses(engine, batch, *rest)
+        bad = here and not batch.input_ids.any()
+        return (loss * factor, parts * factor) if bad else (loss, parts)
+
+    engines.Engine._losses = spoilt  # type: ignore[method-assign]
 
 
 def train_run(
@@ -337,38 +375,69 @@ def train_run(
         time.sleep(1.2)
         send(signal.SIGINT)()
 
+    def ask(reason: outcome.Reason) -> Callable[[], None]:
+        return lambda: outcome.request_stop(run_dir, reason) if last else None
+
+    def wait() -> None:
+        (run_dir / "waiting").touch()
+        threading.Event().wait()
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), (run_dir.parent / "filler").open("wb") as file:
+            while True:
+                file.write(bytes(4096))
+                file.flush()
+
+    def freeze() -> None:
+        for folder in (run_dir / "checkpoints", run_dir):
+            folder.chmod(0o555)
+
     faults = {
+        "usr1": send(signal.SIGUSR1),
+        "ask stop": ask("stop"),
+        "ask requeue": ask("requeue"),
+        "wait": wait,
+        "full": fill,
+        "read-only": freeze,
         "kill": send(signal.SIGKILL),
         "int": send(signal.SIGINT),
         "term": send(signal.SIGTERM),
         "int twice": twice,
     }
-    data = Counting(config, ranks, {at: faults[fault]} if fault in faults else {})
+    bad: Collection[int] = ()
+    if fault in ("nan", "spike"):
+        bad = [at]
+        spoil(float("nan") if fault == "nan" else 50.0, last)
+    elif fault.startswith("bad data"):
+        bad = range(at, 10**9 if "for ever" in fault else at + 3)
+        spoil(float("nan"), last)
+    when = {at: faults[fault]} if fault in faults else {17: faults["kill"]} if "then kill" in fault else {}
+    if fault == "read-only":
+        obey_permissions()
+    data = Counting(config, ranks, when, bad, range(at, at + 3) if fault == "hole" else range(0))
 
-    save, describe, rename = checkpoint.save, checkpoint._sync_and_describe, Path.rename
+    begin = Saver.start
 
-    def faulty_save(folder: Path, step: int, *rest: Any) -> Path:
+    def faulty_start(saver: Saver, step: int, *rest: Any) -> None:
         if step != at:
-            return save(folder, step, *rest)
+            return begin(saver, step, *rest)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if fault == "disk full" and last:  # no file can grow beyond 4 KiB
-            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-            try:
-                return save(folder, step, *rest)
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         if fault == "kill while writing":
-            checkpoint._sync_and_describe = lambda path: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+            manifest.measure = lambda path: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
         if fault == "kill before renaming":
             Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, method-assign]
         try:
-            return save(folder, step, *rest)
+            begin(saver, step, *rest)
+            while fault == "disk full" and not saver.written:
+                time.sleep(0.01)
         finally:
-            checkpoint._sync_and_describe, Path.rename = describe, rename  # type: ignore[method-assign]
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    checkpoint.save = faulty_save  # type: ignore[assignment]
+    Saver.start = faulty_start  # type: ignore[assignment, method-assign]
     inputs = Inputs(Objective(), data, HeldOut(data), 4.0, 4.0, {"generated": "1"}, None)  # type: ignore[arg-type]
     loop.open_inputs = lambda *_: inputs  # type: ignore[assignment]
-    outcome = loop.run(config, run_dir, resume, ranks)
-    print(outcome.message)
-    sys.exit(outcome.exit_code)
+    end = loop.run(config, run_dir, resume, ranks)
+    print(end.message)
+    sys.exit(end.exit_code)

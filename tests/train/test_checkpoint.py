@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from riverrun.modeling.parallel.mesh import Mesh
-from riverrun.train import checkpoint, resume
+from riverrun.train import checkpoint, manifest, resume
 from riverrun.train.config import Recipe
 from riverrun.train.recipe import to_toml
+from riverrun.train.saver import Saver
+from riverrun.train.snapshot import snapshot
 
 
 class Alone:
@@ -24,10 +26,10 @@ class FakeEngine:
     states = None
 
     def __init__(self, error=None):
-        self.error = error
+        self.error, self.weights = error, torch.arange(100.0)
 
-    def save(self, folder):
-        (folder / "zero" / "weights.pt").write_bytes(b"w" * 100)
+    def save(self, folder, write):
+        write({"weights": self.weights}, folder / "zero" / "weights.pt")
         if self.error:
             raise self.error
 
@@ -38,13 +40,15 @@ def recipe(**train):
     return loaded.model_copy(update={"model": loaded.model.resolve()})
 
 
-def save(run_dir, step, keep=3, engine=None):
+def save(run_dir, step, keep=3, engine=None, asynchronous=True):
     state = {
         "step": step,
         "layout": checkpoint.layout_of(recipe(), Alone()),
         "recipe": recipe().model_dump(mode="json"),
     }
-    return checkpoint.save(run_dir, step, keep, engine or FakeEngine(), state, Alone())
+    saver = Saver(run_dir, keep, Alone(), asynchronous)
+    saver.start(step, engine or FakeEngine(), state)
+    return saver.finish().path
 
 
 def find(run_dir, mode="auto", config=None):
@@ -66,7 +70,9 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, damage):
     if damage in ("delete", "no manifest"):
         victim.unlink()
     else:
-        victim.write_bytes({"flip": b"v" + b"w" * 99, "truncate": b"w" * 50, "manifest": b'{"files": [1]}'}[damage])
+        whole = victim.read_bytes()
+        damages = {"flip": b"?" + whole[1:], "truncate": whole[:50], "manifest": b'{"files": [1]}'}
+        victim.write_bytes(damages[damage])
     said = []
     assert checkpoint.latest(tmp_path, said.append) == good
     assert len(said) == 1 and str(victim) in said[0] and "step_00000002" in said[0]
@@ -79,6 +85,82 @@ def test_a_failed_save_leaves_what_there_was(tmp_path):
     assert raised.value.errno == errno.ENOSPC
     assert checkpoint.latest(tmp_path, print) == good
     assert [p.name for p in checkpoint.folder_of(tmp_path).iterdir()] == [good.name]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_what_is_written_is_what_it_was_when_the_save_began(tmp_path, asynchronous):
+    engine, saver = FakeEngine(), Saver(tmp_path, 3, Alone(), asynchronous)
+    state = {"window": {"losses": [1.0]}}
+    saver.start(1, engine, state)
+    engine.weights.zero_()
+    state["window"]["losses"].append(2.0)
+    assert not checkpoint.checkpoints(tmp_path), "nothing has a checkpoint's name before it is whole"
+    saved = saver.finish()
+    assert manifest.problem(saved.path) is None and saver.pending is None and saver.finish() is None
+    assert torch.equal(torch.load(saved.path / "zero" / "weights.pt")["weights"], torch.arange(100.0))
+    assert checkpoint.read_state(saved.path) == {"window": {"losses": [1.0]}}
+    files = [p for p in saved.path.rglob("*") if p.is_file() and p.name != manifest.NAME]
+    assert saved.bytes == sum(p.stat().st_size for p in files)
+    assert 0 <= saved.stall <= saved.seconds
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_an_error_in_the_thread_is_the_save_s(tmp_path, monkeypatch, asynchronous):
+    good = save(tmp_path, 1)
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(manifest, "measure", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 2, asynchronous=asynchronous)
+    assert [p.name for p in checkpoint.folder_of(tmp_path).iterdir()] == [good.name]
+
+
+def test_the_last_known_good_one_is_kept_whatever_its_age(tmp_path):
+    assert checkpoint.last_good(tmp_path) is None
+    save(tmp_path, 1)
+    checkpoint.mark_good(tmp_path, 1)
+    for step in (2, 3, 4):
+        save(tmp_path, step, keep=2)
+    assert [checkpoint.step_of(c) for c in checkpoint.checkpoints(tmp_path)] == [1, 3, 4]
+    assert checkpoint.step_of(checkpoint.to_return_to(tmp_path, 4, print)) == 1
+    checkpoint.mark_good(tmp_path, 3)
+    save(tmp_path, 5, keep=2)
+    assert [checkpoint.step_of(c) for c in checkpoint.checkpoints(tmp_path)] == [3, 4, 5]
+
+
+def test_one_returns_to_the_newest_intact_one_before_the_trouble(tmp_path):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, keep=9)
+    (checkpoint.folder_of(tmp_path) / "step_00000003" / "zero" / "weights.pt").write_bytes(b"")
+    said = []
+    assert checkpoint.step_of(checkpoint.to_return_to(tmp_path, 3, said.append)) == 2 and len(said) == 1
+    checkpoint.mark_good(tmp_path, 4)
+    assert checkpoint.step_of(checkpoint.to_return_to(tmp_path, 3, said.append)) == 2, "a later one is of no use"
+    assert checkpoint.to_return_to(tmp_path, 0, said.append) is None
+
+
+def test_what_is_half_removed_is_no_checkpoint(tmp_path, monkeypatch):
+    old = save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
+    checkpoint.remove(old)
+    assert checkpoint.checkpoints(tmp_path) == [] and (old.parent / "step_00000001.removed").exists()
+    monkeypatch.undo()
+    checkpoint.set_aside(tmp_path, 9)
+    assert not list(old.parent.iterdir())
+
+
+def test_a_snapshot_keeps_what_belongs_together():
+    flat = torch.arange(6.0)
+    state = {"flat": flat, "again": flat, "part": flat[2:4], "list": [flat, (flat, 3)], "text": "x"}
+    copy = snapshot(state)
+    flat.zero_()
+    assert torch.equal(copy["flat"], torch.arange(6.0)) and copy["again"] is copy["flat"] is copy["list"][1][0]
+    assert torch.equal(copy["part"], torch.tensor([2.0, 3.0])) and copy["list"][1][1] == 3 and copy["text"] == "x"
+    weight = torch.nn.Parameter(torch.ones(2))
+    kept = snapshot({"w": weight})["w"]
+    assert isinstance(kept, torch.nn.Parameter) and kept is not weight and kept.data_ptr() != weight.data_ptr()
 
 
 def test_later_checkpoints_are_set_aside(tmp_path):
@@ -95,9 +177,9 @@ def test_every_random_number_generator_is_restored():
     def draw():
         return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
 
-    state = checkpoint._rng_state()
+    state = checkpoint.rng_state()
     first = draw()
-    checkpoint._set_rng_state(state)
+    checkpoint.set_rng_state(state)
     assert draw() == first
 
 

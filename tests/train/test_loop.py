@@ -13,14 +13,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 import training_workers as workers
 from training_workers import recipe, run, train_run
 
-from riverrun.train import checkpoint, loop, metrics
+from riverrun.train import checkpoint, metrics
+from riverrun.train.build import build_model
+from riverrun.train.prefetch import Prefetcher
 
 KILLED = -signal.SIGKILL
 
 
-def train(run_dir, fault="", at=-1, resume="auto", config=None, **layout):
+def train(run_dir, fault="", at=-1, resume="auto", config=None, log=None, **layout):
     """Returns the exit codes' first that is not 0, and what was printed."""
-    log = run_dir.with_suffix(".log")
+    log = log or run_dir.with_suffix(".log")
     log.unlink(missing_ok=True)
     codes = run(train_run, config or recipe(), run_dir, resume, fault, at, log=log, **layout)
     return next((code for code in codes if code), 0), workers.read(log)
@@ -34,6 +36,14 @@ def records(run_dir):
 
 def assert_same_run(got, want):
     """Every tensor and number of the last checkpoint, and every record, bit for bit."""
+    assert_same_weights(got, want)
+    last = checkpoint.folder_of(want) / "step_00000020"
+    assert checkpoint.read_state(checkpoint.folder_of(got) / "step_00000020") == checkpoint.read_state(last)
+    assert records(got) == records(want)
+
+
+def assert_same_weights(got, want):
+    """And the optimiser's state, and the random number generators, bit for bit."""
     assert [c.name for c in checkpoint.checkpoints(got)][-1] == "step_00000020"
     last = checkpoint.folder_of(want) / "step_00000020"
     files = sorted(last.rglob("*.pt"))
@@ -41,8 +51,6 @@ def assert_same_run(got, want):
     for file in files:
         other = checkpoint.folder_of(got) / "step_00000020" / file.relative_to(last)
         assert_equal(torch.load(other, weights_only=False), torch.load(file, weights_only=False), file.name)
-    assert checkpoint.read_state(checkpoint.folder_of(got) / "step_00000020") == checkpoint.read_state(last)
-    assert records(got) == records(want)
 
 
 def assert_equal(a, b, where):
@@ -84,7 +92,7 @@ def test_a_run_learns_and_leaves_everything_an_export_needs(straight):
         assert (straight / name).stat().st_size > 0
 
     weights = checkpoint.load_weights(straight)
-    model = loop.build_model(recipe())
+    model = build_model(recipe())
     assert weights.keys() == dict(model.named_parameters()).keys()
     assert all(w.dtype == torch.float32 for w in weights.values())
     model.load_state_dict(weights, strict=True)
@@ -181,24 +189,15 @@ def test_two_ranks_train_like_one_and_resume_bit_for_bit(straight, tmp_path):
     assert_same_run(broken, whole)
 
 
-def test_a_batch_that_does_not_divide_is_refused_with_what_would():
-    config = recipe()
-    assert loop.micro_batches(config, 2) == 2
-    with pytest.raises(ValueError, match=r"set train\.micro_batch_size to one of 1"):
-        loop.micro_batches(config, 8)
-    with pytest.raises(ValueError, match=r"set train\.global_batch_size to a multiple of 3"):
-        loop.micro_batches(config, 3)
-
-
 def test_batches_are_made_in_order_and_errors_reach_the_loop():
     def make(step):
         if step == 5:
             raise OSError("gone")
         return [step]
 
-    with loop.Prefetcher(make, 2, 4) as batches:
+    with Prefetcher(make, 2, 4) as batches:
         assert [batches.next(), batches.next()] == [[2], [3]]
-    with loop.Prefetcher(make, 4, 9) as batches:
+    with Prefetcher(make, 4, 9) as batches:
         assert batches.next() == [4]
         with pytest.raises(OSError, match="gone"):
             batches.next()

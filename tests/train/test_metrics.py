@@ -7,7 +7,6 @@ import torch
 
 from riverrun.train import metrics, plot
 from riverrun.train.config import LogConfig
-from riverrun.train.guard import LIMIT, Diverged, Guard
 
 
 def test_a_resume_drops_later_records_and_a_torn_line(tmp_path):
@@ -99,14 +98,3 @@ def test_the_loss_curve_is_a_picture(tmp_path, bits):
     plot.loss_curve(found, tmp_path / "loss.png", "test")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     plot.loss_curve([], tmp_path / "empty.png", "nothing yet")
-
-
-def test_the_guard_counts_skips_and_gives_up_after_many_in_a_row():
-    guard = Guard()
-    for skipped in [True] * (LIMIT - 1) + [False] + [True] * (LIMIT - 1):
-        guard.observe(skipped)
-    assert guard.skipped == 2 * LIMIT - 2
-    again = Guard()
-    again.restore(guard.state())
-    with pytest.raises(Diverged, match=r"10 steps in a row.*Lower optimizer\.lr"):
-        again.observe(True)

@@ -16,7 +16,8 @@ import training_workers as workers
 
 from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.hf.export import export_model
-from riverrun.train import checkpoint, initial, loop, metrics
+from riverrun.train import checkpoint, initial, metrics
+from riverrun.train.build import build_model
 from riverrun.train.config import StatePassingConfig
 from riverrun.train.data.loader import PackedLoader
 from riverrun.train.data.packing import IGNORED, PackedRows, collate
@@ -228,7 +229,7 @@ def test_ditto_after_pretraining_resumes_bit_for_bit_without_its_source(folder, 
 def test_weights_come_from_a_run_a_checkpoint_or_an_export(folder, store, whole):
     config = store_workers.on_store(store)
     want = {name: tensor.clone() for name, tensor in checkpoint.load_weights(whole).items()}
-    model = loop.build_model(config, weights=initial.read(initial.locate(str(whole)), config.model))
+    model = build_model(config, weights=initial.read(initial.locate(str(whole)), config.model))
     assert all(torch.equal(param, want[name]) for name, param in model.named_parameters())
     export_model(RiverrunConfig.from_options(config.model), want, folder / "export")
     for place in (folder / "export", checkpoint.folder_of(whole) / "step_00000010"):
