@@ -20,7 +20,7 @@ from riverrun.train.build import build_model, fit
 from riverrun.train.clock import Clock
 from riverrun.train.config import Recipe
 from riverrun.train.data.gaps import Gap, place_of, with_gap
-from riverrun.train.description import write_description
+from riverrun.train.description import check_same_software, write_description
 from riverrun.train.distributed import Ranks
 from riverrun.train.guard import Diverged, Guard, Verdict
 from riverrun.train.inputs import Inputs, open_inputs
@@ -29,6 +29,7 @@ from riverrun.train.lock import RunLock
 from riverrun.train.prefetch import Prefetcher
 from riverrun.train.profile import Profiler
 from riverrun.train.records import Records
+from riverrun.train.replicas import Replicas
 from riverrun.train.resume import Start, check_space, find_start
 from riverrun.train.saver import Saver
 from riverrun.train.schedule import lr_factor
@@ -79,6 +80,7 @@ def run(recipe: Recipe, run_dir: Path, resume: str, ranks: Ranks, job: str = "",
     recipe, note = fit(recipe, ranks.mesh.dp.size)
     lock = RunLock(run_dir)
     with Interrupt() as interrupt, contextlib.ExitStack() as stack:
+        check_same_software(ranks)
         start = ranks.first(lambda: find_start(run_dir, resume, recipe, _warn))
         ranks.first(lock.acquire)
         stack.callback(lock.release)
@@ -129,7 +131,6 @@ class Trainer:
         self.gaps: list[Gap] = []
         self.saver = Saver(run_dir, recipe.checkpoint.keep, ranks, recipe.checkpoint.asynchronous)
         self.records = Records(recipe, run_dir, self.first)
-        self.replicas = None
         self.stops = StopRequests(run_dir if self.first else None)
         whole = meta_model(RiverrunConfig.from_options(recipe.model))
         parameters = sum(p.numel() for p in whole.parameters())
@@ -142,6 +143,9 @@ class Trainer:
         self.engine = engines.Engine(
             model, recipe.optimizer, recipe.train, recipe.engine, ranks, accumulation, recipe.parallel, inputs.objective
         )
+        self.replicas = None
+        if recipe.guard.replicas_every:
+            self.replicas = Replicas(self.engine.module, ranks.mesh, recipe.engine.zero_stage)
         same, stateless = True, False
         if start.checkpoint is not None:
             assert start.state is not None
@@ -256,14 +260,24 @@ class Trainer:
             self.records.event("skip", self.step, f"step {self.step} skipped: {why}", reason=str(why))
         if self.step == self.begun + 1:
             self.ranks.set_timeout(self.recipe.engine.collective_timeout_minutes)
-        every = self.recipe.guard.replicas_every
-        if self.replicas is not None and self.step % every == 0 and (wrong := self.replicas.check()):
-            raise ValueError(f"{wrong}; {self._last_saved()}")
+        if self.replicas is not None and self.step % self.recipe.guard.replicas_every == 0:
+            self._compare_replicas(self.replicas)
         asked = totals[2 * number :]
         if asked[-1] == self.ranks.world_size:
             self._finish_save()
         what = next((what for what, ranks in zip((*SIGNALS, *outcome.REASONS), asked) if ranks), None)
         return "requeue" if what == signal.SIGUSR1 else what
+
+    def _compare_replicas(self, replicas: Replicas) -> None:
+        """
+        Raises:
+            ValueError: some rank's weights are not what they should be. Nothing is saved of this.
+        """
+        if (wrong := replicas.check()) is not None:
+            self.records.event("replicas differ", self.step, wrong)
+            raise ValueError(
+                f"at step {self.step} {wrong}. Take that host out, and go on without it; {self._last_saved()}"
+            )
 
     def _objective_loss(self, totals: list[float]) -> float | None:
         """The step's objective, a weighted sum of means over predictions."""

@@ -338,6 +338,20 @@ class HeldOut:
         return self.data.step(10**6)
 
 
+def flip_a_bit(step: int) -> None:
+    """Of a weight of this rank, after that step."""
+    take = engines.Engine.step
+
+    def flipping(engine: engines.Engine, *args: Any) -> engines.Update:
+        update = take(engine, *args)
+        if engine.global_steps == step:
+            weight = dict(engine.module.named_parameters())["model.norm.weight"]
+            weight.data.view(torch.int16)[3] ^= 1
+        return update
+
+    engines.Engine.step = flipping  # type: ignore[method-assign]
+
+
 def obey_permissions() -> None:
     """Takes from root, in this thread and those that it starts, the right to write what nobody may write."""
     if os.geteuid() != 0:
@@ -414,6 +428,13 @@ def train_run(
     when = {at: faults[fault]} if fault in faults else {17: faults["kill"]} if "then kill" in fault else {}
     if fault == "read-only":
         obey_permissions()
+    elif fault == "clock jump":
+        now = time.time
+        when = {at: lambda: setattr(time, "time", lambda: now() - 86400)}
+    elif fault == "flipped bit" and last:
+        flip_a_bit(at)
+    elif fault == "other torch" and last:
+        torch.__version__ = "2.0.0"
     data = Counting(config, ranks, when, bad, range(at, at + 3) if fault == "hole" else range(0))
 
     begin = Saver.start

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -189,3 +190,41 @@ def test_kills_while_a_checkpoint_is_written_beside_training_lose_nothing(straig
     assert steps == sorted(set(steps))
     assert train(run_dir, config=config)[0] == 0
     assert_same_weights(run_dir, straight)
+
+
+def test_every_truncated_file_is_noticed(straight, tmp_path):  # noqa: F811
+    """Each file of the newest checkpoint, cut to several lengths: the one before is taken, and the file named."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(checkpoint.folder_of(straight), checkpoint.folder_of(run_dir))
+    before, newest = checkpoint.checkpoints(run_dir)[-2:]
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
+    assert {"manifest.json", "trainer.json"} <= {path.name for path in files} and len(files) >= 5
+    for file in files:
+        whole = file.read_bytes()
+        for length in {0, 1, len(whole) // 2, len(whole) - 1}:
+            file.write_bytes(whole[:length])
+            said: list[str] = []
+            assert checkpoint.latest(run_dir, said.append) == before, (file, length)
+            assert len(said) == 1 and str(file) in said[0]
+        file.write_bytes(whole)
+    assert checkpoint.latest(run_dir, pytest.fail) == newest
+
+
+def test_a_clock_that_jumps_changes_nothing(straight, tmp_path):  # noqa: F811
+    code, printed = train(tmp_path / "run", "clock jump", 9)
+    assert code == 0, printed
+    assert_same_weights(tmp_path / "run", straight)
+
+
+def test_a_flipped_bit_ends_the_run_and_names_the_rank(tmp_path):
+    run_dir, config = tmp_path / "run", recipe(guard={"window": 8, "replicas_every": 2}, train={"micro_batch_size": 1})
+    code, printed = train(run_dir, "flipped bit", 8, config=config, world=4)
+    assert code != 0 and "rank 3" in printed and "model.norm.weight" in printed, printed
+    assert "the last checkpoint is that of step 4" in printed
+    assert checkpoint.step_of(checkpoint.checkpoints(run_dir)[-1]) == 4, "nothing is saved of it"
+    assert train(tmp_path / "good", config=config, world=4)[0] == 0
+
+
+def test_hosts_with_different_versions_are_refused(tmp_path):
+    code, printed = train(tmp_path / "run", "other torch", world=2)
+    assert code != 0 and "torch: " in printed and "2.0.0 on rank 1" in printed and "the same on every host" in printed
