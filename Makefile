@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN_DIR ?= quickstart
 
-.PHONY: help install test test-gpu lint format quickstart clean
+.PHONY: help install test test-gpu soak lint format quickstart clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -22,6 +22,10 @@ test: install  ## all tests that run without a GPU (tests/gpu skips itself)
 
 test-gpu:  ## the GPU tests, in the environment that is active
 	python -m pytest -q -m gpu tests/gpu
+
+soak: install  ## an hour: 100,000 mutated inputs a reader, and a run that is killed 60 times
+	RIVERRUN_FUZZ=100000 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 tests/fuzz
+	$(BIN)/python -m tests.soak.kills --kills 60
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -124,7 +124,7 @@ def _load_back(run_dir: Path, exported: Path, logits: Path) -> float:
         raise RuntimeError(f"the export cannot be loaded by transformers:\n{found.stderr}")
     out.print(found.stdout.strip(), markup=False, highlight=False, soft_wrap=True)
     ours = load_model(str(run_dir), device="cpu", dtype="fp32")
-    theirs = torch.load(logits)
+    theirs = torch.load(logits, weights_only=True)
     logits.unlink()
     with torch.no_grad():
         mine = ours.model(torch.tensor([ours.require_tokenizer().encode(PROMPT)])).logits

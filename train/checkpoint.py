@@ -29,7 +29,7 @@ from riverrun.train import engine as engines
 from riverrun.train import manifest
 from riverrun.train.config import Recipe
 from riverrun.train.distributed import Ranks
-from riverrun.train.shards import Shards, Universal
+from riverrun.train.shards import Shards, Universal, check_files, reading
 
 PARTIAL, ASIDE, GONE = ".partial", ".superseded", ".removed"
 GOOD = "last_good"  # holds the name of the last known good checkpoint
@@ -141,8 +141,11 @@ def restore(checkpoint: Path, engine: engines.Engine, recipe: Recipe, ranks: Ran
     """
     state = read_state(checkpoint)
     if state["layout"] == layout_of(recipe, ranks):
+        together(lambda: check_files(checkpoint, ranks.rank, ranks.world_size), ranks)  # DeepSpeed unpickles them
         engine.load(checkpoint)
-        set_rng_state(torch.load(checkpoint / "rng" / f"rank_{ranks.rank:05d}.pt", weights_only=True))
+        file = checkpoint / "rng" / f"rank_{ranks.rank:05d}.pt"
+        with reading(file):
+            set_rng_state(torch.load(file, weights_only=True))
         return True
     engine.adopt(open_weights(checkpoint), plan_of(recipe, ranks.mesh.tp.size))
     random.seed(f"{recipe.train.seed} {state['step']} {ranks.rank}")
@@ -219,14 +222,19 @@ def find(run_dir: Path, step: int | None = None) -> Path:
 
 
 def together(action: Callable[[], Any], ranks: Ranks) -> list[Any]:
-    """Runs an action on all ranks and waits for them; an OSError of one is raised on all."""
-    result, error = None, None
+    """Runs an action on all ranks and waits for them; an OSError or ValueError of one is raised on all."""
+    result: Any = None
+    error: tuple[str, int | None, str] | None = None
     try:
         result = action()
     except OSError as raised:
-        error = (raised.errno, str(raised))
+        error = "OSError", raised.errno, str(raised)
+    except ValueError as raised:
+        error = "ValueError", None, str(raised)
     results = ranks.gather((result, error))
-    for number, message in (failure for _, failure in results if failure is not None):
+    for kind, number, message in (failure for _, failure in results if failure is not None):
+        if kind == "ValueError":
+            raise ValueError(message)
         raise OSError(number, message) if number is not None else OSError(message)
     return [value for value, _ in results]
 

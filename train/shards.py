@@ -3,10 +3,15 @@
 DeepSpeed's files hold, for each tensor-parallel rank and each of the ranks with the same weights, equal pieces of flat
 tensors. Whatever the layout that wrote them, here every parameter is one tensor: so runs resume on other layouts, and
 exports read one parameter at a time. The files are mapped into memory, not read whole.
+
+They are pickles, which could run code as they are read. So they are read by torch's restricted reader, which builds
+tensors, plain values and what `STAND_INS` names, and refuses all else; DeepSpeed is not imported for it.
 """
 
+import pickle
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +19,24 @@ from typing import Any
 import torch
 
 from riverrun.modeling.parallel.split import Split
-from riverrun.train.quiet import quiet
 
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 MASTER = "fp32"  # the key of the full-precision weights, as in DeepSpeed's universal format
+
+
+class _Plain:
+    """Takes the attributes of an object of DeepSpeed's, and none of its code."""
+
+    numel: int
+    start: int
+
+
+# the classes of objects in DeepSpeed's files of any stage, and what is built in their place
+STAND_INS: dict[str, Any] = {
+    "deepspeed.utils.tensor_fragment.fragment_address": _Plain,
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler": _Plain,
+    "deepspeed.runtime.zero.config.ZeroStageEnum": int,
+}
 
 
 @dataclass(frozen=True)
@@ -42,26 +62,27 @@ class Shards(Mapping[str, torch.Tensor]):
 
     def __init__(self, folder: Path, plan: Mapping[str, Split | None]):
         self.plan = plan
-        files = {_place(f): f for f in folder.glob("*zero_pp_rank_*_mp_rank_*_optim_states.pt")}
+        files = {place: file for file in folder.glob("*_optim_states.pt") if (place := _place(file)) is not None}
         if not files:
             raise ValueError(f"{folder} holds no optimiser states of DeepSpeed's")
         self.tp_size = 1 + max(tp for tp, _ in files)
         self._shapes: list[dict[str, torch.Size]] = []
         self._pieces: list[dict[str, list[_Piece]]] = []
         self._numbers: dict[str, dict[str, Any]] = {}
-        for tp in range(self.tp_size):
-            described = _load(_first(folder, f"mp_rank_{tp:02d}_model_states.pt"))
-            groups = described["param_shapes"]
-            self._shapes.append({name: shape for group in groups for name, shape in group.items()})
-            pieces: dict[str, list[_Piece]] = {}
-            for dp in range(sum(t == tp for t, _ in files)):
-                for name, piece, numbers in _pieces_of(_load(files[tp, dp])["optimizer_state_dict"], groups, dp):
-                    pieces.setdefault(name, []).append(piece)
-                    self._numbers[name] = numbers
-            self._pieces.append(pieces)
-        described = _load(_first(folder, "mp_rank_00_model_states.pt"))  # the others do not know of tied parameters
-        self.aliases: dict[str, str] = described["shared_params"]
-        self.counters: dict[str, int] = {k: described[k] for k in ("global_steps", "global_samples", "skipped_steps")}
+        with _understood(folder):
+            for tp in range(self.tp_size):
+                described = _load(_first(folder, f"mp_rank_{tp:02d}_model_states.pt"))
+                groups = described["param_shapes"]
+                self._shapes.append({name: shape for group in groups for name, shape in group.items()})
+                pieces: dict[str, list[_Piece]] = {}
+                for dp in range(sum(t == tp for t, _ in files)):
+                    for name, piece, numbers in _pieces_of(_load(files[tp, dp])["optimizer_state_dict"], groups, dp):
+                        pieces.setdefault(name, []).append(piece)
+                        self._numbers[name] = numbers
+                self._pieces.append(pieces)
+            described = _load(_first(folder, "mp_rank_00_model_states.pt"))  # the others do not know of tied parameters
+            self.aliases: dict[str, str] = described["shared_params"]
+            self.counters: dict[str, int] = {key: described[key] for key in COUNTERS}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.read(name, MASTER)
@@ -100,11 +121,16 @@ class Universal(Mapping[str, torch.Tensor]):
 
     def __init__(self, folder: Path):
         self.folder = folder / "zero"
-        described = _load(_first(folder, "mp_rank_00_model_states.pt"))
-        self.aliases: dict[str, str] = described["shared_params"]
-        self.counters: dict[str, int] = {k: described[k] for k in ("global_steps", "global_samples", "skipped_steps")}
+        with _understood(folder):
+            described = _load(_first(folder, "mp_rank_00_model_states.pt"))
+            self.aliases: dict[str, str] = described["shared_params"]
+            self.counters: dict[str, int] = {key: described[key] for key in COUNTERS}
         found = sorted(p.parent.name for p in self.folder.glob("*/fp32.pt"))
         self._names = [name for name in found if name not in self.aliases]
+        if any(name not in found for name in self.aliases.values()):
+            raise ValueError(
+                f"{folder} does not hold what DeepSpeed writes (an alias of nothing): use another checkpoint"
+            )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.read(name, MASTER)
@@ -156,11 +182,21 @@ def _of_group(flat: torch.Tensor, state: dict[str, Any]) -> tuple[dict[str, torc
     return tensors, {key: value for key, value in state.items() if not is_flat(value)}
 
 
-def _place(file: Path) -> tuple[int, int]:
-    """Which tensor-parallel rank, and which of the ranks with its weights, wrote a file."""
-    match = re.search(r"zero_pp_rank_(\d+)_mp_rank_(\d+)", file.name)
-    assert match is not None
-    return int(match.group(2)), int(match.group(1))
+def _place(file: Path) -> tuple[int, int] | None:
+    """Which tensor-parallel rank, and which of the ranks with its weights, wrote a file; None: none of them."""
+    match = re.search(r"zero_pp_rank_(\d{1,6})_mp_rank_(\d{1,6})_optim_states", file.name)
+    return (int(match.group(2)), int(match.group(1))) if match else None
+
+
+@contextmanager
+def _understood(folder: Path) -> Iterator[None]:
+    """What else than DeepSpeed's tables stands in files that torch can read is the user's to mend, not a defect."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{folder} does not hold what DeepSpeed writes ({type(error).__name__}: {error}): use another checkpoint"
+        ) from error
 
 
 def _first(folder: Path, name: str) -> Path:
@@ -169,6 +205,44 @@ def _first(folder: Path, name: str) -> Path:
     return alone if alone.exists() else of_first
 
 
+def check_files(folder: Path, part: int = 0, parts: int = 1) -> None:
+    """For readers that are not ours, and would run what a file tells them to.
+
+    Args:
+        part: of `parts` shares of the files, the one to look at.
+
+    Raises:
+        ValueError: a file below the folder holds other than tensors, plain values and DeepSpeed's own few classes.
+    """
+    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".pt", ".pth", ".bin"))[part::parts]:
+        _load(file)
+
+
+@contextmanager
+def reading(file: Path | str) -> Iterator[None]:
+    """Around torch's restricted reader: what it refuses is the user's to mend.
+
+    Raises:
+        ValueError: the file holds other objects than were allowed, or is none of torch's.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f" ({found.group(1)})" if found else ""
+        raise ValueError(
+            f"{file} holds objects{what} that a checkpoint does not have, and that could run code: it was not read. "
+            "Use a checkpoint that Riverrun wrote"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is no file of torch's ({_first_line(error)}): use another checkpoint") from error
+
+
 def _load(file: Path) -> Any:
-    with quiet():  # their classes are DeepSpeed's, which is imported when the first is read
-        return torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+    allowed: list[Any] = [(stand_in, name) for name, stand_in in STAND_INS.items()]
+    with reading(file), torch.serialization.safe_globals(allowed):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from training_workers import recipe
 
-from riverrun.train import checkpoint
+from riverrun.train import checkpoint, outcome
 from riverrun.train.config import GuardConfig
 from riverrun.train.data.gaps import place_of, with_gap
 from riverrun.train.guard import Guard
@@ -125,6 +125,8 @@ def test_a_run_that_goes_wrong_again_and_again_ends_with_advice(tmp_path):
     code, printed = train(tmp_path / "run", "bad data for ever", 9, config=config)
     assert code != 0
     assert "guard.rollbacks=2 are used up" in printed and "Lower optimizer.lr" in printed
+    standing = outcome.read(tmp_path / "run")
+    assert (standing.state, standing.exit_code) == ("failed", outcome.USER_ERROR) and "used up" in standing.message
     assert "the last checkpoint is that of step 8" in printed
     assert len(events(tmp_path / "run", "rollback")) == 2
 
