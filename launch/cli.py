@@ -9,6 +9,7 @@ from riverrun import __version__
 from riverrun.launch import console
 from riverrun.launch.commands import (
     bench,
+    bench_checkpoint,
     bench_context,
     compare,
     config,
@@ -17,6 +18,7 @@ from riverrun.launch.commands import (
     export,
     generate,
     jrt,
+    launch,
     length,
     plan,
     quickstart,
@@ -24,6 +26,8 @@ from riverrun.launch.commands import (
     repetition,
     report,
     reshard,
+    status,
+    stop,
     study,
     train,
 )
@@ -86,6 +90,9 @@ app.command("config", rich_help_panel=TRAINING)(config.config)
 app.add_typer(data.app, name="data", rich_help_panel=TRAINING)
 app.command("plan", rich_help_panel=TRAINING)(plan.plan)
 app.command("train", rich_help_panel=TRAINING)(train.train)
+app.command("launch", rich_help_panel=TRAINING)(launch.launch)
+app.command("status", rich_help_panel=TRAINING)(status.status)
+app.command("stop", rich_help_panel=TRAINING)(stop.stop)
 evaluation.app.command("length")(length.length)
 evaluation.app.command("needle")(length.needle)
 evaluation.app.command("compare")(compare.compare)
@@ -100,6 +107,7 @@ app.command("export", rich_help_panel=MODELS)(export.export)
 app.command("import", rich_help_panel=MODELS)(export.import_)
 app.command("doctor", rich_help_panel=MACHINE)(doctor.doctor)
 app.command("bench", rich_help_panel=MACHINE)(bench.bench)
+app.command("bench-checkpoint", rich_help_panel=MACHINE)(bench_checkpoint.bench_checkpoint)
 app.command("bench-context", rich_help_panel=MACHINE)(bench_context.bench_context)
 app.command("quickstart", rich_help_panel=MACHINE)(quickstart.quickstart)
 

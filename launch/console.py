@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from unicodedata import category
 
 from rich.console import Console
 from rich.text import Text
@@ -15,6 +16,7 @@ out = Console()
 err = Console(stderr=True)
 
 _FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota used up", errno.EROFS: "the file system is read-only"}
+_NAMES = {errno.ENAMETOOLONG: "the name is too long", errno.ELOOP: "links that lead round in a circle"}
 _OS_ERRORS = {
     FileNotFoundError: "no such file or folder",
     PermissionError: "no permission to read or write",
@@ -37,6 +39,7 @@ def user_message(error: BaseException) -> str | None:
         if error.errno is None:  # raised with a message of its own, as transformers does for a model it cannot find
             return str(error)
         meaning = next((words for kind, words in _OS_ERRORS.items() if isinstance(error, kind)), None)
+        meaning = meaning or _NAMES.get(error.errno)
         return meaning and f"{meaning}{_where(error)}: check the path"
     return str(error) if isinstance(error, ValueError) and not isinstance(error, UnicodeError) else None
 
@@ -45,9 +48,18 @@ def print_error(message: str) -> None:
     """A short red message on stderr, from rank 0 only; torchrun is told on every rank, and shows the first failure."""
     _tell_torchrun(message)
     if int(os.environ.get("RANK", "0")) == 0:
-        err.print(Text.assemble(("error: ", "bold red"), (message, "red")), soft_wrap=True)
+        err.print(Text.assemble(("error: ", "bold red"), (printable(message), "red")), soft_wrap=True)
     else:
         time.sleep(GRACE)  # torchrun stops all ranks once one is gone: the first one is to have said why
+
+
+def printable(text: str) -> str:
+    """Text whose control characters are written out: names and values that others chose must not steer a terminal."""
+
+    def steers(character: str) -> bool:
+        return category(character) in ("Cc", "Cf", "Cs") and character not in "\n\t"
+
+    return "".join(c.encode("unicode_escape").decode() if steers(c) else c for c in text)
 
 
 def _where(error: OSError) -> str:

@@ -6,37 +6,48 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 GB = 10**9
+CLOCK_SECONDS = 1.0  # more is worth a warning
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. A fix goes with every warning and problem."""
+    """One line of the report. A fix goes with every warning and problem.
+
+    Attributes:
+        value: what was measured, to be compared with other devices or nodes: seconds, or bytes a second.
+        group: what else is comparable with it, such as devices of the same model.
+    """
 
     name: str
     state: Literal["ok", "warning", "problem"]
     detail: str
     fix: str = ""
+    value: float | None = None
+    group: str = ""
 
 
 Check = Callable[[Path], Iterator[Finding]]
 
 
-def examine(folder: Path) -> Iterator[Finding]:
+def examine(folder: Path, checks: Sequence[Check] | None = None) -> Iterator[Finding]:
     """Run every check; `folder` is where runs will be written. A check that itself fails is reported as a problem.
+
+    Args:
+        checks: these only.
 
     Raises:
         ValueError: `folder` is not a folder.
     """
     if not folder.is_dir():
         raise ValueError(f"--dir {folder} is not a folder: create it, or name the one that runs will be written to")
-    for check in CHECKS:
+    for check in CHECKS if checks is None else checks:
         try:
             yield from check(folder)
         except Exception as error:  # the report must go on, and say what happened
@@ -179,28 +190,49 @@ def disk(folder: Path) -> Iterator[Finding]:
         return
     detail = f"{speed / 10**6:.0f} MB/s"
     if speed < 100 * 10**6:
-        yield Finding("disk speed", "warning", detail, "checkpoints will be slow: write runs to a faster disk")
+        fix = "checkpoints will be slow: write runs to a faster disk"
+        yield Finding("disk speed", "warning", detail, fix, value=speed)
     else:
-        yield Finding("disk speed", "ok", detail)
+        yield Finding("disk speed", "ok", detail, value=speed)
+
+
+def clock(folder: Path) -> Iterator[Finding]:
+    """This machine's clock against the one that stamps the files in `folder`: a file server's, if there is one."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".riverrun-doctor-") as file:
+        before = time.time()
+        file.write(b"now")
+        file.flush()
+        os.fsync(file.fileno())
+        stamp, after = os.stat(file.name).st_mtime, time.time()
+    # a file system's clock ticks coarsely: a stamp may be a little older than the write
+    skew = min(0.0, after - stamp) or max(0.0, before - stamp - 0.02)
+    if abs(skew) <= CLOCK_SECONDS:
+        yield Finding("clock", "ok", f"within {abs(skew):.2f} s of the file system's", value=skew)
+    else:
+        detail = f"{abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} the file system's"
+        fix = "start time synchronisation (chronyd or ntpd): times in logs and of files mislead otherwise"
+        yield Finding("clock", "warning", detail, fix, value=skew)
 
 
 def matmul(folder: Path) -> Iterator[Finding]:
-    """A small product on every device, against float64 on the CPU."""
+    """Products on every device: right ones, and as fast as on the others."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 512, 512, generator=generator, dtype=torch.float64)
-    exact = a @ b
+    from riverrun.launch.doctor_devices import SLOWER, judge_device, outliers
+
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-    for device in devices:
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        product = (a.to(device, dtype) @ b.to(device, dtype)).double().cpu()
-        error = ((product - exact).norm() / exact.norm()).item()
-        name, detail = f"matmul on {device}", f"{dtype}, relative error {error:.1e}"
-        if error <= (1e-5 if dtype == torch.float32 else 1e-2):
-            yield Finding(name, "ok", detail)
-        else:
-            yield Finding(name, "problem", detail, "wrong result: update the driver, or take the device out of service")
+    found = [judge_device(device) for device in devices]
+    yield from found
+    groups: dict[str, dict[str, float]] = {}
+    for finding in found:
+        if finding.value is not None:
+            groups.setdefault(finding.group, {})[finding.name] = finding.value
+    for seconds in groups.values():
+        slow, certain = outliers(seconds, SLOWER)
+        for name, excess in slow.items():
+            than = "the median" if certain else "others, and too few of those are left to say which is at fault"
+            fix = "look at its temperature, clocks and power limit (nvidia-smi -q), and at what else runs there"
+            yield Finding(f"speed of {name}", "warning", f"{excess:.0%} slower than {than}", fix)
 
 
 def collectives(folder: Path) -> Iterator[Finding]:
@@ -230,7 +262,7 @@ def collectives(folder: Path) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Check, ...] = (
-    versions, imports, gpus, triton, compiler, cores_and_memory, disk, matmul, collectives,
+    versions, imports, gpus, triton, compiler, cores_and_memory, disk, clock, matmul, collectives,
 )  # fmt: skip
 
 

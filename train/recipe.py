@@ -15,10 +15,12 @@ from pydantic import ValidationError
 from riverrun.modeling.mixer_options import OPTIONS
 from riverrun.modeling.options import ModelOptions
 from riverrun.train.config import Recipe
-from riverrun.train.recipe_errors import Problem, dotted, explain
+from riverrun.train.recipe_errors import Problem, dotted, explain, shortened
+from riverrun.train.recipe_limits import beyond_limits
 from riverrun.train.toml_text import toml_tables, toml_value
 
 LABELS = ("name", "description")  # keys that change nothing about a run
+MAX_BYTES, MAX_KEYS, MAX_DEPTH, MAX_PROBLEMS = 2**20, 2000, 16, 50  # far beyond any recipe, and quickly read
 
 _KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
@@ -62,8 +64,10 @@ def load_recipe(
         RecipeError: the source does not exist, or anything is wrong with it; lists every problem with its fix.
     """
     path = _locate(source, folder)
-    origin = f"recipe {source}"
+    origin = f"recipe {source.encode(errors='replace').decode()}"  # names of files need not be text
     given = _read(path, origin)
+    if (wrong := _misshapen(given)) is not None:
+        raise RecipeError(origin, [f"{path} {wrong}"])
     command_line, problems = _parse(overrides)
     origins = {key: origin for key, _ in _leaves(given)}
     for key, value in command_line.items():
@@ -77,12 +81,14 @@ def load_recipe(
     if isinstance(data := given.get("data"), dict) and "train" in data:
         data["train"] = _sources(data["train"])
 
-    recipe, wrong = _validate(given, origins)
-    problems += [p.text for p in wrong]
+    recipe, refused = _validate(given, origins)
+    problems += [p.text for p in refused]
     missing: list[str] = []
-    if recipe is not None:
+    beyond = beyond_limits(recipe, origins) if recipe is not None else []
+    problems += beyond
+    if recipe is not None and not beyond:  # what is derived from such sizes need not exist
         missing = recipe.missing()
-        suspects = {s for p in wrong for s in p.suspects}
+        suspects = {s for p in refused for s in p.suspects}
         problems += [
             p
             for p in recipe.problems()
@@ -157,8 +163,12 @@ def _locate(source: str, folder: Path | None) -> Path:
 
 
 def _read(path: Path, origin: str) -> dict[str, Any]:
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise RecipeError(origin, [f"{path} has more than {MAX_BYTES} bytes: give the path of a recipe"])
     try:
-        text = path.read_text(encoding="utf-8")
+        text = content.decode()
     except UnicodeDecodeError:
         raise RecipeError(origin, [f"{path} is not UTF-8 text: save it as UTF-8"]) from None
     try:
@@ -174,6 +184,27 @@ def _read(path: Path, origin: str) -> dict[str, Any]:
                 "text needs quotes, lists need [ ], tables a [name]"
             ],
         ) from None
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        raise RecipeError(
+            origin, [f"{path} cannot be read as TOML ({error}): no value of a recipe is like that"]
+        ) from None
+
+
+def _misshapen(value: Any) -> str | None:
+    """Why tables are so many or so deep that even telling what is wrong with each would take for ever."""
+    stack, seen = [(value, 0)], 0
+    while stack:
+        value, depth = stack.pop()
+        children = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        seen += len(children)
+        if seen > MAX_KEYS:
+            return f"has more than {MAX_KEYS} values, more than any recipe: drop some"
+        if children and depth >= MAX_DEPTH:
+            return (
+                f"has tables or lists nested more than {MAX_DEPTH} deep, deeper than any recipe: write fewer brackets"
+            )
+        stack += [(child, depth + 1) for child in children]
+    return None
 
 
 def _parse(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -182,22 +213,30 @@ def _parse(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     problems = []
     for override in overrides:
         key, equals, text = (part.strip() for part in override.partition("="))
-        if not equals:
-            problems.append(f"{override!r} is not key=value: write it as train.steps=20, for example")
-        elif not _KEY.fullmatch(key):
-            problems.append(f"{override!r}: {key!r} is not a dotted key: write it as train.steps=20, for example")
+        if any("\ud800" <= character <= "\udfff" for character in override):
+            problems.append(f"{override!r} is not UTF-8 text: write it as UTF-8")
+        elif not equals:
+            problems.append(f"{shortened(repr(override))} is not key=value: write it as train.steps=20, for example")
+        elif not _KEY.fullmatch(key) or key.count(".") > MAX_DEPTH:
+            problems.append(
+                f"{shortened(repr(override))}: {shortened(repr(key))} is not a dotted key: write it as train.steps=20, "
+                "for example"
+            )
         elif not text:
             problems.append(f"{key}= has no value: give one after the equals sign, or leave the override out")
         else:
             values.pop(key, None)  # the last of several is applied last
             values[key] = _value(text)
+            if (wrong := _misshapen(values[key])) is not None:
+                problems.append(f"{key}= {wrong}")
+                del values[key]
     return values, problems
 
 
 def _value(text: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # not only TOMLDecodeError: thousands of digits, or of brackets
         return text
     return parsed["value"] if parsed.keys() == {"value"} else text
 
@@ -233,9 +272,10 @@ def _validate(given: dict[str, Any], origins: Mapping[str, str]) -> tuple[Recipe
     found: dict[tuple[str | int, ...], Problem] = {}
     for key, value in _leaves(given):
         path = tuple(key.split("."))
-        if isinstance(value, float) and not isfinite(value):
+        if any(isinstance(number, float) and not isfinite(number) for number in _plain(value)):
+            shown = shortened(toml_value(value))
             found[path] = Problem(
-                path, f"{key}={value} ({_origin(path, origins)}) must be finite: give a number", (key,)
+                path, f"{key}={shown} ({_origin(path, origins)}) must be finite: give a number", (key,)
             )
         elif not isinstance(value, bool | int | float | str | list | dict):
             text = f"{key}={value} ({_origin(path, origins)}) is a date or a time, which no key takes: put it in quotes"
@@ -248,9 +288,10 @@ def _validate(given: dict[str, Any], origins: Mapping[str, str]) -> tuple[Recipe
             recipe = Recipe.model_validate_json(json.dumps(given, default=str), strict=True)
             return recipe, list(found.values())
         except ValidationError as error:
-            fresh = {tuple(e["loc"]): explain(e, _origin(e["loc"], origins)) for e in error.errors()}
+            errors = error.errors()[:MAX_PROBLEMS]
+            fresh = {tuple(e["loc"]): explain(e, _origin(e["loc"], origins)) for e in errors}
             removed = [_remove(given, path) for path in fresh]
-            if not any(removed):
+            if not any(removed) or len(found) > MAX_PROBLEMS:
                 return None, [*found.values(), *fresh.values()]
             found |= fresh
 
@@ -273,12 +314,23 @@ def _origin(path: Sequence[str | int], origins: Mapping[str, str]) -> str:
 
 def _remove(given: dict[str, Any], path: Sequence[str | int]) -> bool:
     """Delete the value at `path`, or the list it is in. False if it is not there."""
+    if not path:
+        return False
     table: dict[Any, Any] = given
     for part in path[:-1]:
         if not isinstance(table.get(part), dict):
             return table.pop(part, None) is not None
         table = table[part]
     return table.pop(path[-1], None) is not None
+
+
+def _plain(value: Any) -> Iterator[Any]:
+    """What a value holds, but for lists and tables."""
+    if isinstance(value, Mapping | list):
+        for child in value.values() if isinstance(value, Mapping) else value:
+            yield from _plain(child)
+    else:
+        yield value
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

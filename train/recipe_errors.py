@@ -11,6 +11,8 @@ from pydantic import BaseModel
 from riverrun.train.config import Recipe
 from riverrun.train.toml_text import toml_value
 
+SHOWN = 200  # characters of a value or a key in a message
+
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _WANTED = {
     "int": "a whole number",
@@ -46,6 +48,11 @@ def dotted(path: Sequence[str | int]) -> str:
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).removeprefix(".")
 
 
+def shortened(text: str) -> str:
+    """Text as a message quotes it: a megabyte of it helps nobody."""
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 4 :]}"
+
+
 def known_keys(section: type = Recipe, prefix: str = "") -> dict[str, Any]:
     """The default of every key of the schema, by dotted key."""
     found: dict[str, Any] = {}
@@ -69,9 +76,12 @@ def explain(error: Mapping[str, Any], origin: str) -> Problem:
         if path[:2] == ("data", "train"):
             text += ', as in data.train=[{ path = "tokens/web", weight = 1.0 }]'
         elif isinstance(path[-1], int):
-            text = f"{dotted(path[:-1])}={toml_value(given)} ({origin}) is too short{_example(dotted(path[:-1]))}"
+            whole = dotted(path[:-1])
+            text = f"{whole}={shortened(toml_value(given))} ({origin}) is too short{_example(whole)}"
         return Problem(path, text, (key,))
-    return Problem(path, f"{key}={toml_value(given)} ({origin}) must be {_wanted(error, key)}", (key,))
+    return Problem(
+        path, f"{shortened(key)}={shortened(toml_value(given))} ({origin}) must be {_wanted(error, key)}", (key,)
+    )
 
 
 def unknown_key(path: Sequence[str | int], origin: str) -> Problem:
@@ -88,7 +98,7 @@ def unknown_key(path: Sequence[str | int], origin: str) -> Problem:
         fix = f"did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
     else:
         fix = f"{f'[{table}]' if table else 'a recipe'} has {', '.join(siblings)}"
-    return Problem(tuple(path), f"{key} ({origin}) is not a recipe key: {fix}", (key, *near))
+    return Problem(tuple(path), f"{shortened(key)} ({origin}) is not a recipe key: {fix}", (key, *near))
 
 
 def _wanted(error: Mapping[str, Any], key: str) -> str:
@@ -113,10 +123,10 @@ def _wanted(error: Mapping[str, Any], key: str) -> str:
     if stem == "bool" and str(given).lower() in ("true", "false", "0", "1"):
         return f"{wanted}: write {key}={'true' if str(given).lower() in ('true', '1') else 'false'}"
     if stem == "string" and not isinstance(given, Mapping | list):
-        return f"{wanted}: write {key}={toml_value(str(given))} (and quote the whole argument for the shell)"
+        return f"{wanted}: write {key}={shortened(toml_value(str(given)))} (and quote the whole argument for the shell)"
     if stem in ("list", "tuple") and isinstance(given, str):
         items = [part.strip(" '\"") for part in given.strip("[] ").split(",")]
-        return f"{wanted}: write '{key}={toml_value(items)}', with the outer quotes in a shell"
+        return f"{wanted}: write '{key}={shortened(toml_value(items))}', with the outer quotes in a shell"
     if wanted == _WANTED["model"]:
         section = _section(error["loc"])
         names = ", ".join(_members(section)) if section else "path, weight"

@@ -72,6 +72,22 @@ def read_heartbeats(run_dir: Path, world_size: int) -> dict[int, tuple[Heartbeat
     return found
 
 
+def dumped(folder: Path) -> list[int]:
+    """Ranks whose stacks are in a stall's folder."""
+    return [int(path.stem.removeprefix("rank_")) for path in folder.glob("rank_*.txt")]
+
+
+def read_traces(folder: Path) -> dict[int, dict[str, Any]]:
+    """What `collectives` found on the ranks that kept a record of them."""
+    found = {}
+    for path in folder.glob("rank_*.json"):
+        try:
+            found[int(path.stem.removeprefix("rank_"))] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # then without
+            continue
+    return found
+
+
 def silent_for(
     before: Mapping[int, tuple[Heartbeat, float]], after: Mapping[int, tuple[Heartbeat, float]], beat_seconds: float
 ) -> dict[int, float]:
@@ -170,13 +186,13 @@ def latecomers(traces: Mapping[int, Mapping[str, Any]]) -> tuple[str, list[int],
 
 
 def table(
-    beats: Mapping[int, Heartbeat], silent: Mapping[int, float], dumped: Collection[int], now: float
+    beats: Mapping[int, Heartbeat], silent: Mapping[int, float], stacks: Collection[int], now: float
 ) -> list[str]:
     """A line a rank."""
     rows = [f"{'rank':>5}  {'host':<20} {'pid':>8} {'step':>8}  {'phase':<9} {'seconds in it':>13}  notes"]
     for rank, beat in sorted(beats.items()):
         notes = [f"no heartbeat for {silent[rank]:.0f} s"] if rank in silent else []
-        notes += [] if rank in dumped else ["no stacks"]
+        notes += [] if rank in stacks else ["no stacks"]
         rows.append(
             f"{rank:>5}  {beat.host:<20} {beat.pid:>8} {beat.step:>8}  {beat.phase:<9} {now - beat.since:>13.1f}  "
             f"{', '.join(notes)}".rstrip()

@@ -38,8 +38,10 @@ from riverrun.train.stall_report import (
     Heartbeat,
     accuse,
     collectives,
+    dumped,
     heartbeat_path,
     read_heartbeats,
+    read_traces,
     replace_text,
     silent_for,
     table,
@@ -48,6 +50,7 @@ from riverrun.train.stall_report import (
 
 GRACE = 1.5  # beats in which the other ranks notice too, and write their stacks
 SUCCESSORS = 3  # ranks that report in place of a lower one that dies over it
+LATE = 10.0  # seconds that a report waits for the stacks of ranks that are alive
 PATIENCE = 30.0  # seconds for a report, besides beats
 
 
@@ -62,7 +65,7 @@ class Watchdog:
     Files: heartbeats/rank_XXXXX.json, a `Heartbeat`, every `beat_seconds`. Of a stall: stalls/TIME/ with report.txt,
     rank_XXXXX.txt (Python stacks) and, where torch's flight recorder is on (TORCH_FR_BUFFER_SIZE),
     collectives_rank_N for `torchfrtrace`; stalls/latest points to it. A stall is reported at most two beats after its
-    time is up.
+    time is up; ten seconds later if some rank is slow to write its stacks.
 
     Args:
         run_dir: shared by all ranks. Failing to write there never stops training: it costs a warning.
@@ -88,7 +91,9 @@ class Watchdog:
         on_stall: Callable[[str], None] = leave,
     ):
         self.run_dir, self.rank, self.world_size, self.host = run_dir, rank, world_size, host
-        self.start_seconds, self.stall_seconds, self.beat_seconds = start_seconds, stall_seconds, beat_seconds
+        self.start_seconds, self.stall_seconds = start_seconds, stall_seconds
+        # when a stall is noticed, the last heartbeat of a rank that stopped must be old
+        self.beat_seconds = min(beat_seconds, stall_seconds / 5)
         self.on_stall = on_stall
         self._parent = os.getppid() if parent else 0
         self._orphaned = 0.0  # when it was noticed
@@ -271,21 +276,27 @@ class Watchdog:
                 return ""
             self._pause(0.25)
         if lower > SUCCESSORS or not _claim(folder / "reporter"):
-            until = time.monotonic() + 2 * self.beat_seconds
+            until = time.monotonic() + 2 * self.beat_seconds + 1.5 * LATE
             while not (folder / "report.txt").exists() and time.monotonic() < until:
                 self._pause(0.25)
             return ""
         return self._conclude(folder, before)
 
     def _conclude(self, folder: Path, before: dict[int, tuple[Heartbeat, float]]) -> str:
-        after, now = read_heartbeats(self.run_dir, self.world_size), time.time()
-        silent = silent_for(before, after, self.beat_seconds)
+        until = time.monotonic() + LATE
+        while True:
+            after, now = read_heartbeats(self.run_dir, self.world_size), time.time()
+            silent = silent_for(before, after, self.beat_seconds)
+            alive = {rank for rank, (beat, _) in after.items() if rank not in silent and beat.phase != "end"}
+            if alive <= set(dumped(folder)) or time.monotonic() > until:
+                break
+            self._pause(0.25)
         beats = {rank: beat for rank, (beat, _) in after.items()}
         if not beats:
             name, step, since, _ = self._now
             seconds = time.monotonic() - since
             beats = {self.rank: Heartbeat(self.rank, self.host, os.getpid(), step, name, now - seconds, now, 0)}
-        reason = accuse(beats, silent, self.world_size, now, _traces(folder), self.host)
+        reason = accuse(beats, silent, self.world_size, now, read_traces(folder), self.host)
         message = f"training stalled: {reason}. Stacks of all ranks: {folder}"
         standing = outcome.read(self.run_dir) or outcome.Standing("failed", self._now[1], self._now[1])
         standing = replace(
@@ -298,7 +309,7 @@ class Watchdog:
         _say(message)
         try:  # last: the others leave when they see it
             replace_text(
-                folder / "report.txt", "\n".join([message, "", *table(beats, silent, _dumped(folder), now)]) + "\n"
+                folder / "report.txt", "\n".join([message, "", *table(beats, silent, dumped(folder), now)]) + "\n"
             )
         except OSError as error:
             _say(f"cannot write {folder / 'report.txt'}: {error}")
@@ -342,25 +353,10 @@ class Watchdog:
 
     def _lower(self, folder: Path) -> int:
         """Ranks that come before this one to report."""
-        return sum(rank < self.rank for rank in _dumped(folder))
+        return sum(rank < self.rank for rank in dumped(folder))
 
     def _pause(self, beats: float) -> None:
         time.sleep(beats * self.beat_seconds)
-
-
-def _dumped(folder: Path) -> list[int]:
-    """Ranks whose stacks are in a stall's folder."""
-    return [int(path.stem.removeprefix("rank_")) for path in folder.glob("rank_*.txt")]
-
-
-def _traces(folder: Path) -> dict[int, dict[str, Any]]:
-    found = {}
-    for path in folder.glob("rank_*.json"):
-        try:
-            found[int(path.stem.removeprefix("rank_"))] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # then without
-            continue
-    return found
 
 
 def _claim(path: Path) -> bool:

@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_JSON_BYTES = 2**26
+MAX_NAME = 255  # bytes that file systems take
 
 
 def refuse_existing(out: Path) -> None:
@@ -103,13 +105,20 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
         return name in self._files
 
 
+def check_index(folder: Path) -> None:
+    """For readers that open whatever file an index names.
+
+    Raises:
+        ValueError: an index of the folder names a file outside of it, or one that is not there.
+    """
+    for name, ending in ((INDEX, ".safetensors"), ("pytorch_model.bin.index.json", ".bin")):
+        if (folder / name).is_file():
+            _indexed(folder, name, ending)
+
+
 def _weight_files(folder: Path) -> list[str]:
     if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
-        files = sorted(set(index.get("weight_map", {}).values()))
-        if missing := [name for name in files if Path(name).name != name or not (folder / name).is_file()]:
-            raise ValueError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names: copy the whole folder again")
-        return files
+        return _indexed(folder, INDEX, ".safetensors")
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
     if pickles := sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)):
@@ -120,17 +129,34 @@ def _weight_files(folder: Path) -> list[str]:
     raise ValueError(f"{folder} has no {WEIGHTS} and no {INDEX}: give the folder of a saved model")
 
 
+def _indexed(folder: Path, index: str, ending: str) -> list[str]:
+    """The files that an index names, each a file of the folder itself: an index of others' may name any file."""
+    weight_map = read_json(folder / index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{folder / index} has no table `weight_map` of files' names: copy the whole folder again")
+    files = sorted(set(weight_map.values()))
+    plain = {name for name in files if name.isprintable() and len(name.encode()) <= MAX_NAME}
+    plain = {name for name in plain if Path(name).name == name and name.endswith(ending) and (folder / name).is_file()}
+    if missing := [name for name in files if name not in plain]:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}, which {index} names: copy the whole folder again")
+    return files
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from a file; infinities as transformers writes them, {"__float__": "Infinity"}, become floats.
 
     Raises:
         ValueError: there is no such file, or it holds something else.
     """
+    if not path.is_file():
+        raise ValueError(f"there is no {path}: give the folder of a saved model")
+    with path.open("rb") as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has more than {MAX_JSON_BYTES} bytes: give the folder of a saved model")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_hook=_decode_float)
-    except FileNotFoundError:
-        raise ValueError(f"there is no {path}: give the folder of a saved model") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = json.loads(content.decode(), object_hook=_decode_float)
+    except (ValueError, TypeError, RecursionError) as error:  # not only JSONDecodeError: a number of 5000 digits, say
         raise ValueError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object")

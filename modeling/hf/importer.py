@@ -1,6 +1,7 @@
 """Read a Hugging Face folder as a Riverrun model. Reads JSON and safetensors only, and runs no code from the folder."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from riverrun.modeling.hf.remote_code import MODEL_CLASS
 from riverrun.modeling.hf.weights import check_weights, identity, import_tensors
 from riverrun.modeling.model import RiverrunForCausalLM
 
+LARGEST = 2**31  # of a whole number in a config.json
+
 
 def import_model(hf_dir: Path) -> tuple[RiverrunConfig, dict[str, torch.Tensor]]:
     """Config and weights by our parameters' names, in the dtypes of the files (tied weights once).
@@ -25,7 +28,7 @@ def import_model(hf_dir: Path) -> tuple[RiverrunConfig, dict[str, torch.Tensor]]
     """
     hf_dir = Path(hf_dir)
     values = read_json(hf_dir / "config.json")
-    architecture = (values.get("architectures") or [None])[0]
+    architecture = architecture_of(values)
     readers = {
         MODEL_CLASS: _from_riverrun,
         mamba2.ARCHITECTURE: mamba2.from_hf,
@@ -39,10 +42,45 @@ def import_model(hf_dir: Path) -> tuple[RiverrunConfig, dict[str, torch.Tensor]]
     tensors: Mapping[str, torch.Tensor] = SafetensorsFolder(hf_dir)
     if values.get("tie_word_embeddings") and "lm_head.weight" in tensors:  # a second name of the embedding
         tensors = {name: tensors[name] for name in tensors if name != "lm_head.weight"}
-    try:
+    with _told(hf_dir):
+        _check_sizes(values, len(tensors))
         return readers[architecture](values, tensors)
-    except (ValueError, StrictDataclassError) as error:  # the latter: transformers found a wrong type in config.json
-        raise ValueError(f"{hf_dir}: {error}") from error
+
+
+def architecture_of(values: Mapping[str, Any]) -> str | None:
+    """The class that a config.json names first; None if it names none."""
+    named = values.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    return first if isinstance(first, str) else None
+
+
+def _check_sizes(values: Mapping[str, Any], tensors: int) -> None:
+    """Before anything is derived from them: building what a damaged config asks for could take for ever.
+
+    Raises:
+        ValueError: a size that no model has, or more layers than there are tensors.
+    """
+    ours = values.get("model")
+    for table in (values, ours if isinstance(ours, dict) else {}):
+        for name, value in table.items():
+            layers = "layer" in name and isinstance(value, int) and value > tensors
+            if layers or (isinstance(value, int) and abs(value) > LARGEST):
+                least = f", more than the {tensors} tensors there are" if layers else ""
+                raise ValueError(f"config.json has {name}={str(value)[:20]}{least}: copy the whole folder again")
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Whatever a config.json of wrong values leads to is the user's to mend, and names its folder."""
+    try:
+        yield
+    except (ValueError, StrictDataclassError) as error:  # the latter: transformers found a wrong type
+        raise ValueError(f"{folder}: {error}") from error
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StopIteration) as error:
+        raise ValueError(
+            f"{folder}: config.json has values that are no model's ({type(error).__name__}: {error}): copy the whole "
+            "folder again"
+        ) from error
 
 
 def load_pretrained(hf_dir: Path, dtype: torch.dtype | None = None) -> RiverrunForCausalLM:
@@ -68,10 +106,8 @@ def read_config(folder: Path) -> RiverrunConfig:
     Raises:
         ValueError: there is none, or it is not Riverrun's.
     """
-    try:
+    with _told(Path(folder)):
         return _config(read_json(Path(folder) / "config.json"))
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
 
 
 def build_model(

@@ -116,6 +116,55 @@ def test_matmul(monkeypatch):
     assert {f.state for f in found(doctor.matmul).values()} == {"problem"}
 
 
+def test_a_slow_gpu_is_named(monkeypatch):
+    seconds = {"cuda:0": 1.0e-3, "cuda:1": 1.3e-3, "cuda:2": 1.1e-3}
+
+    def judged(device):
+        return Finding(f"matmul on {device}", "ok", "", value=seconds[device], group="NVIDIA H200")
+
+    monkeypatch.setattr("riverrun.launch.doctor_devices.judge_device", judged)
+    for count, names in ((3, {"speed of matmul on cuda:1"}), (1, set())):
+        monkeypatch.setattr("torch.cuda.device_count", lambda count=count: count)
+        findings = found(doctor.matmul)
+        slow = {name: f for name, f in findings.items() if f.state == "warning"}
+        assert slow.keys() == names and len(findings) == count + len(names)
+    assert slow == {}
+    seconds = {"cuda:0": 1.0e-3, "cuda:1": 1.3e-3}
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    slow = found(doctor.matmul)["speed of matmul on cuda:1"]
+    assert "30% slower than others, and too few of those" in slow.detail
+
+
+def test_a_product_that_changes(monkeypatch):
+    """The same inputs must give the same bits."""
+    import torch
+
+    real = torch.matmul
+    calls = []
+
+    def flaky(a, b, out):
+        real(a, b, out=out)
+        calls.append(1)
+        if len(calls) == 6:
+            out[3, 4] += 1e-3
+
+    monkeypatch.setattr(torch, "matmul", flaky)
+    [finding] = found(doctor.matmul).values()
+    assert finding.state == "problem" and "not the same bits every time" in finding.detail and len(calls) > 6
+
+
+@pytest.mark.parametrize(
+    ("off", "state", "words"),
+    [(0.0, "ok", "within"), (0.5, "ok", "within"), (90.0, "warning", "ahead of"), (-90.0, "warning", "behind")],
+)
+def test_the_clock(monkeypatch, tmp_path, off, state, words):
+    real = doctor.time.time
+    monkeypatch.setattr(doctor.time, "time", lambda: real() + off)
+    [finding] = found(doctor.clock, tmp_path).values()
+    assert finding.state == state and words in finding.detail
+    assert finding.value == pytest.approx(off, abs=0.3) and list(tmp_path.iterdir()) == []
+
+
 def test_two_ranks_sum():
     assert all_reduce_sums("gloo") == [3.0, 3.0]
 

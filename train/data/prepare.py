@@ -119,9 +119,10 @@ def prepare(
             }
             if (out / REPORT).exists():
                 finished = _read_json(out / REPORT, "plan", "counts", "skipped", "examples")
-                _check_same_plan(out, plan, finished["plan"])
-                for name in finished["counts"]:
-                    TokenStore.open(out / name)
+                with _ours(out / REPORT):
+                    _check_same_plan(out, plan, finished["plan"])
+                    for name in set(finished["counts"]) & {TRAIN, HELD_OUT}:
+                        TokenStore.open(out / name)
             else:
                 _begin(out, plan)
                 writer = PieceWriter(source, tokenizer, out, held_out, seed)
@@ -156,11 +157,12 @@ class PieceWriter:
         if not path.is_file():
             return False
         width = token_dtype(self.tokenizer.vocab_size).itemsize
-        for store, entry in _read_json(path, "shards")["shards"].items():
-            for kind, size in (("tokens", entry["tokens"] * width), ("docs", entry["documents"] * 16)):
-                shard = self.out / store / f"{entry['name']}.{kind}"
-                if not shard.is_file() or shard.stat().st_size != size:
-                    return False
+        with _ours(path):
+            for store, entry in _read_json(path, "shards")["shards"].items():
+                for kind, size in (("tokens", entry["tokens"] * width), ("docs", entry["documents"] * 16)):
+                    shard = self.out / store / f"{entry['name']}.{kind}"
+                    if not shard.is_file() or shard.stat().st_size != size:
+                        return False
         return True
 
     def write(self, piece: int) -> None:
@@ -224,7 +226,8 @@ def _locked(out: Path) -> Iterator[Path]:
 
 def _begin(out: Path, plan: dict[str, Any]) -> None:
     if (out / WORK / PLAN).exists():
-        _check_same_plan(out, plan, _read_json(out / WORK / PLAN, *plan))
+        with _ours(out / WORK / PLAN):
+            _check_same_plan(out, plan, _read_json(out / WORK / PLAN, *plan))
     if not plan["pieces"]:
         raise ValueError("the input holds no documents")
     write_atomically(out / WORK / PLAN, json.dumps(plan).encode())  # first: what is here is ours from now on
@@ -234,13 +237,27 @@ def _begin(out: Path, plan: dict[str, Any]) -> None:
 
 def _read_json(path: Path, *keys: str) -> dict[str, Any]:
     """A file of our own, with these keys."""
-    try:
-        value = json.loads(path.read_bytes())
+    with _ours(path):
+        try:
+            value = json.loads(path.read_bytes())
+        except ValueError:
+            raise TypeError("no JSON") from None
         for key in keys:
             value[key]
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{path} is damaged: remove {path.parent} and start again") from None
     return value
+
+
+@contextmanager
+def _ours(path: Path) -> Iterator[None]:
+    """What a file of our own does not hold as we wrote it, somebody or something else changed.
+
+    Raises:
+        ValueError: then.
+    """
+    try:
+        yield
+    except (TypeError, LookupError, AttributeError, RecursionError):
+        raise ValueError(f"{path} is damaged: remove {path.parent} and start again") from None
 
 
 def _check_same_plan(out: Path, plan: dict[str, Any], begun: dict[str, Any]) -> None:

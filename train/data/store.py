@@ -20,7 +20,9 @@ import numpy as np
 VERSION = 1
 MAPPED_SHARDS = 32  # held open at a time: each takes two file descriptors, of which a process often has 1024
 INDEX = "index.json"
-SHARD_FIELDS = {"name": str, "tokens": int, "documents": int, "bytes": int, "sha256": dict}
+MAX_INDEX_BYTES = 2**26  # a few hundred thousand shards
+MAX_NAME = 240  # bytes: file systems take 255 with the ending
+AT_ONCE = 2**22  # tokens looked at together
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -105,15 +107,17 @@ class TokenStore:
         self.num_bytes = sum(s["bytes"] for s in self.shards)
         self._dtype = np.dtype(index["dtype"]).newbyteorder("<")
         self._map = lru_cache(MAPPED_SHARDS)(self._open_shard)
+        self._sound: set[int] = set()  # shards whose documents have been found to lie where they can
         self._token_starts = [0, *accumulate(s["tokens"] for s in self.shards)]
         self._document_starts = [0, *accumulate(s["documents"] for s in self.shards)]
 
     @classmethod
     def open(cls, folder: Path | str, verify: bool = False) -> "TokenStore":
-        """Open a store and check every file's size; with `verify`, every checksum too.
+        """Open a store and check every file's size; with `verify`, every checksum and every token too.
 
         Raises:
-            ValueError: no store there, a malformed index, or a missing, truncated or altered file, by name.
+            ValueError: no store there, a malformed index, or a missing, truncated or altered file, by name. Where
+                documents lie in a shard is checked when it is first read: that, too, may raise one.
         """
         folder = Path(folder)
         index = _read_index(folder)
@@ -131,6 +135,8 @@ class TokenStore:
         store = cls(folder, index)
         if not store.shards:
             raise ValueError(f"{folder} holds no documents: prepare it from a larger corpus")
+        if verify:
+            store._check_tokens()
         return store
 
     @property
@@ -182,9 +188,29 @@ class TokenStore:
         return np.concatenate(found).astype(np.int64) if found else np.empty(0, np.int64)
 
     def _open_shard(self, s: int) -> "Shard":
-        path = self.folder / self.shards[s]["name"]
-        ends, sizes = np.memmap(f"{path}.docs", "<i8", "r").reshape(2, -1)
-        return Shard(np.memmap(f"{path}.tokens", self._dtype, "r"), ends, sizes)
+        shard, path = self.shards[s], self.folder / self.shards[s]["name"]
+        try:
+            docs = np.memmap(f"{path}.docs", "<i8", "r", shape=(2, shard["documents"]))
+            tokens = np.memmap(f"{path}.tokens", self._dtype, "r", shape=(shard["tokens"],))
+        except (OSError, ValueError) as error:  # the latter: shorter than when the store was opened
+            raise ValueError(f"{path}.tokens and .docs cannot be read ({error}): {_REPAIR}") from error
+        ends, sizes = docs
+        if s not in self._sound:  # what others wrote must not lead to places outside of the shard
+            rising = ends[0] > 0 and bool((ends[1:] > ends[:-1]).all()) and ends[-1] == shard["tokens"]
+            if not rising or sizes.min() < 0 or int(sizes.sum()) != shard["bytes"]:
+                raise ValueError(f"{path}.docs does not divide its shard into documents: {_REPAIR}")
+            self._sound.add(s)
+        return Shard(tokens, ends, sizes)
+
+    def _check_tokens(self) -> None:
+        for s, shard in enumerate(self.shards):
+            tokens = self._map(s).tokens
+            for start in range(0, len(tokens), AT_ONCE):
+                if (largest := int(tokens[start : start + AT_ONCE].max())) >= self.vocab_size:
+                    raise ValueError(
+                        f"{self.folder / shard['name']}.tokens has token {largest}, which its tokenizer of "
+                        f"{self.vocab_size} tokens does not have: {_REPAIR}"
+                    )
 
     def _locate_document(self, i: int) -> tuple[int, int]:
         if not 0 <= i < self.num_documents:
@@ -201,20 +227,43 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder} is not a token store (no {INDEX}): write one with `riverrun data prepare`")
     try:
-        index = json.loads(path.read_bytes())
-        ok = index["version"] == VERSION and index["dtype"] in ("uint16", "uint32")
-        ok = ok and isinstance(index["tokenizer"]["fingerprint"], str) and isinstance(index["shards"], list)
-        ok = ok and all(isinstance(index["tokenizer"][k], int) for k in ("vocab_size", "eos_id"))
-        for shard in index["shards"]:
-            ok = ok and all(isinstance(shard[field], kind) for field, kind in SHARD_FIELDS.items())
-            ok = ok and all(isinstance(shard["sha256"][kind], str) for kind in ("tokens", "docs"))
-            ok = ok and shard["tokens"] >= shard["documents"] >= 0 and shard["bytes"] >= 0
-            ok = ok and Path(shard["name"]).name == shard["name"]  # shards lie in the folder itself
-    except (ValueError, KeyError, TypeError, AttributeError):
-        ok = False
-    if not ok:
+        with path.open("rb") as file:
+            content = file.read(MAX_INDEX_BYTES + 1)
+        index: Any = json.loads(content) if len(content) <= MAX_INDEX_BYTES else None
+    except (ValueError, RecursionError):  # the latter: lists in lists in lists …
+        index = None
+    if not _is_index(index):
         raise ValueError(f"{path} is not an index of version {VERSION}, or was altered: {_REPAIR}")
     return index
+
+
+def _is_index(index: Any) -> bool:
+    if not isinstance(index, dict) or index.get("version") != VERSION or index.get("dtype") not in ("uint16", "uint32"):
+        return False
+    tokenizer, shards = index.get("tokenizer"), index.get("shards")
+    if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("fingerprint"), str):
+        return False
+    if not _counts(tokenizer, "vocab_size", "eos_id") or tokenizer["eos_id"] >= tokenizer["vocab_size"]:
+        return False
+    return isinstance(shards, list) and all(map(_is_shard, shards))
+
+
+def _is_shard(shard: Any) -> bool:
+    if not isinstance(shard, dict) or not _counts(shard, "tokens", "documents", "bytes"):
+        return False
+    name, sums = shard.get("name"), shard.get("sha256")
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name.encode()) <= MAX_NAME:
+        return False
+    if Path(name).name != name:
+        return False  # shards lie in the folder itself
+    if not isinstance(sums, dict) or not all(isinstance(sums.get(kind), str) for kind in ("tokens", "docs")):
+        return False
+    return shard["tokens"] >= shard["documents"]
+
+
+def _counts(table: dict[str, Any], *names: str) -> bool:
+    """Whether these are whole numbers, 0 or more, that a file system can count to."""
+    return all(type(table.get(name)) is int and 0 <= table[name] < 2**62 for name in names)
 
 
 def _sha256(path: Path) -> str:
