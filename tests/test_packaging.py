@@ -76,7 +76,7 @@ def test_environment_variables_are_read_in_two_places():
 def test_every_module_imports_from_a_wheel(tmp_path):
     tree = tmp_path / "tree"  # a copy of what is packed: building in the checkout would leave its products there
     tree.mkdir()
-    for name in ("riverrun", *FOLDERS, "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("riverrun", *FOLDERS, "slurm", "pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
@@ -93,6 +93,7 @@ def test_every_module_imports_from_a_wheel(tmp_path):
     assert "riverrun/py.typed" in names
     recipes = {f"riverrun/{p.relative_to(ROOT)}" for p in (ROOT / "launch" / "recipes").glob("*.toml")}
     assert recipes and recipes <= set(names)
+    assert {f"riverrun/slurm/{name}" for name in ("train.sbatch", "riverrun.sh", "node.sh")} <= set(names)
 
     modules = sorted(name[:-3].replace("/", ".").removesuffix(".__init__") for name in packed)
     code = "import importlib, sys\n"

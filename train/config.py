@@ -121,9 +121,7 @@ class CheckpointConfig(Section):
 class GuardConfig(Section):
     """What protects a run from bad steps, bad data, hung and faulty ranks: see `riverrun.train.guard`."""
 
-    sigma: NonNegativeFloat = (
-        6.0  # standard deviations above the mean that skip a step; 0: only not being finite does
-    )
+    sigma: NonNegativeFloat = 6.0  # standard deviations above the mean that skip a step; 0: only not being finite does
     window: Annotated[int, Field(ge=8)] = 128  # steps that these are taken over; half of them must be there
     patience: PositiveInt = 10  # skipped steps in a row after which the run goes back to its last good checkpoint
     rollbacks: NonNegativeInt = 3  # how often, in a whole run, before it ends

@@ -10,6 +10,7 @@ from pathlib import Path
 from riverrun.train import outcome
 
 WATCH = 12.0  # seconds in which a living rank 0 writes a heartbeat
+LEAVING = 10.0  # seconds for a run whose torchrun was killed: its ranks save and go
 
 
 class RunLock:
@@ -33,13 +34,12 @@ class RunLock:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "lock"
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-            raise ValueError(self._refusal(path.read_text(encoding="utf-8").strip() or "another process")) from None
-        except OSError:  # this file system has no locks: what is left is the heartbeat
-            pass
+        until = time.monotonic() + LEAVING
+        while not _locked(file):
+            if time.monotonic() > until:
+                os.close(file)
+                raise ValueError(self._refusal(path.read_text(encoding="utf-8").strip() or "another process"))
+            time.sleep(0.1)
         standing = outcome.read(self.run_dir)
         elsewhere = standing is not None and standing.state == "running" and standing.host != socket.gethostname()
         if elsewhere and self._lives():
@@ -76,3 +76,14 @@ class RunLock:
             f"--run-dir {self.run_dir} is in use by {who}: wait for it, end it (`riverrun stop {self.run_dir}`), "
             "or name another folder"
         )
+
+
+def _locked(file: int) -> bool:
+    """Whether the lock is ours now. Where the file system has no locks it is; what is left there is the heartbeat."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True

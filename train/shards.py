@@ -34,6 +34,7 @@ class _Plain:
 # the classes of objects in DeepSpeed's files of any stage, and what is built in their place
 STAND_INS: dict[str, Any] = {
     "deepspeed.utils.tensor_fragment.fragment_address": _Plain,
+    "deepspeed.checkpoint.universal_checkpoint.SubparamShape": _Plain,
     "deepspeed.runtime.fp16.loss_scaler.LossScaler": _Plain,
     "deepspeed.runtime.zero.config.ZeroStageEnum": int,
 }

@@ -78,7 +78,7 @@ def dumped(folder: Path) -> list[int]:
 
 
 def read_traces(folder: Path) -> dict[int, dict[str, Any]]:
-    """What `collectives` found on the ranks that kept a record of them."""
+    """What `collectives` found on each rank that has written all it has to."""
     found = {}
     for path in folder.glob("rank_*.json"):
         try:

@@ -421,7 +421,9 @@ class Trainer:
         if not saved:
             message = f"stopped at step {self.step}, but its checkpoint could not be saved: {self._last_saved()}"
         elif stopped is not None:
-            why = {"requeue": "to be started again", "stop": "as it was asked"}.get(str(stopped), "interrupted")
+            why = {"requeue": "stopped, to be started again,", "stop": "stopped as asked"}.get(
+                str(stopped), "interrupted"
+            )
             message = (
                 f"{why} after step {self.step} of {self.recipe.train.steps}, which is saved: the same command "
                 "with --resume auto goes on from there"

@@ -229,7 +229,7 @@ class Watchdog:
         """Puts off the timer that needs no lock: until well after the others have reported this rank."""
         with self._arming:
             if self._stacks is not None and not self._stop.is_set():
-                seconds = 2 * self._limit(self._now) + 6 * self.beat_seconds
+                seconds = 2 * self._limit(self._now) + 6 * self.beat_seconds + PATIENCE
                 faulthandler.dump_traceback_later(seconds, file=self._stacks, exit=self.world_size > 1)
 
     def _end_orphan(self, now: float) -> None:
@@ -245,6 +245,7 @@ class Watchdog:
 
     def _end(self) -> None:
         answer = [""]
+        self._arm()
 
         def report() -> None:
             answer[0] = self._report()
@@ -286,9 +287,11 @@ class Watchdog:
         until = time.monotonic() + LATE
         while True:
             after, now = read_heartbeats(self.run_dir, self.world_size), time.time()
+            # one that wrote its stacks lives, though reading the flight recorder may keep its heart from beating
             silent = silent_for(before, after, self.beat_seconds)
+            silent = {rank: age for rank, age in silent.items() if rank not in dumped(folder)}
             alive = {rank for rank, (beat, _) in after.items() if rank not in silent and beat.phase != "end"}
-            if alive <= set(dumped(folder)) or time.monotonic() > until:
+            if alive <= read_traces(folder).keys() or time.monotonic() > until:
                 break
             self._pause(0.25)
         beats = {rank: beat for rank, (beat, _) in after.items()}
@@ -337,10 +340,6 @@ class Watchdog:
 
     def _dump(self, folder: Path) -> None:
         name, step, since, _ = self._now
-        trace = _flight_recorder()
-        if trace:
-            (folder / f"collectives_rank_{self.rank}").write_bytes(trace)
-            replace_text(folder / f"rank_{self.rank:05d}.json", json.dumps(collectives(pickle.loads(trace))))
         fresh = folder / f"rank_{self.rank:05d}.txt.partial"
         with fresh.open("w", encoding="utf-8") as file:
             seconds = time.monotonic() - since
@@ -350,6 +349,11 @@ class Watchdog:
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         os.replace(fresh, fresh.with_suffix(""))
+        trace = _flight_recorder()  # may take seconds
+        if trace:
+            (folder / f"collectives_rank_{self.rank}").write_bytes(trace)
+        last = collectives(pickle.loads(trace)) if trace else {}
+        replace_text(folder / f"rank_{self.rank:05d}.json", json.dumps(last))
 
     def _lower(self, folder: Path) -> int:
         """Ranks that come before this one to report."""

@@ -256,6 +256,9 @@ def test_a_call_into_c_that_keeps_the_lock(start):
     """No thread of that rank runs any more: the others name it, and the timer writes its stacks and ends it."""
     ranks = start(
         """
+        from riverrun.train import watchdog as module
+        module.PATIENCE = 0.0  # else the timer waits that long for a report
+
         def keep_the_lock():
             ctypes.PyDLL(None).sleep(100000)
 
