@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from riverrun.modeling.hf import mamba2, olmo_hybrid
-from riverrun.modeling.hf.folder import read_json
-from riverrun.modeling.hf.importer import build_model, load_pretrained, read_config
+from riverrun.modeling.hf.folder import check_index, read_json
+from riverrun.modeling.hf.importer import architecture_of, build_model, load_pretrained, read_config
 from riverrun.modeling.hf.remote_code import MODEL_CLASS
 from riverrun.modeling.hf.tokenizer import tokenizer_files
 from riverrun.modeling.model import RiverrunForCausalLM
@@ -193,7 +194,8 @@ def _load_run(folder: Path, dtype: torch.dtype | None, step: int | None) -> Load
 
 def _load_folder(folder: Path, spec: str, dtype: torch.dtype | None, trust_remote_code: bool) -> LoadedModel:
     config = read_json(folder / "config.json")
-    architecture = (config.get("architectures") or [None])[0]
+    architecture = architecture_of(config)
+    check_index(folder)  # transformers opens whatever file an index names
     model: PreTrainedModel
     if architecture in IMPORTED:
         model = load_pretrained(folder, dtype)
@@ -202,7 +204,7 @@ def _load_folder(folder: Path, spec: str, dtype: torch.dtype | None, trust_remot
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code, local_files_only=True
             )
-        except OSError as error:  # what transformers raises for missing weights
+        except (OSError, UnpicklingError) as error:  # missing weights; a pickle of other things than tensors
             raise ValueError(f"{spec} cannot be loaded: {error}") from error
         except ValueError as error:
             hint = "; pass --trust-remote-code if you trust its code" if "trust_remote_code" in str(error) else ""

@@ -193,7 +193,8 @@ class _AsOnCuda(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return _Attention.apply(*args[:3])
         if func is F.rms_norm:
-            return _Norm.apply(args[0], kwargs["weight"] if "weight" in kwargs else args[2])
+            weight = kwargs.get("weight", args[2] if len(args) > 2 else None)
+            return _Norm.apply(args[0], args[0].new_ones(args[0].shape[-1:]) if weight is None else weight)
         return func(*args, **kwargs)
 
 

@@ -79,7 +79,9 @@ class _Child:
         """Starts the command, waits for it, and returns how the run ended."""
         began = time.time()
         # a session of its own: Ctrl-C in a terminal reaches this process alone, which asks the run to stop
-        process = subprocess.Popen(words, start_new_session=True)
+        # NCCL keeps its last collectives, for the report of a hang
+        environment = {"TORCH_FR_BUFFER_SIZE": "2000", **os.environ}
+        process = subprocess.Popen(words, env=environment, start_new_session=True)
         self._pid = process.pid
         returned = process.wait()
         self._pid = 0

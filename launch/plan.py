@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from math import ceil
+from math import ceil, isqrt
 
 from riverrun.launch.footprint import block_footprint, head_footprint
 from riverrun.launch.memory import GIB, Layout, Memory, kind, parameters, predict
@@ -336,7 +336,8 @@ def problems(recipe: Recipe, layout: Layout, cluster: Cluster) -> list[str]:
 
 
 def _divisors(n: int) -> list[int]:
-    return [i for i in range(1, n + 1) if n % i == 0]
+    low = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
+    return sorted({*low, *(n // d for d in low)})
 
 
 def _impossible(recipe: Recipe, cluster: Cluster, fixed: Mapping[str, object]) -> str:

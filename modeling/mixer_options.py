@@ -5,6 +5,7 @@ value in, so that a saved config is explicit. Every `problems` method lists all 
 """
 
 from dataclasses import dataclass, replace
+from math import isqrt
 from typing import ClassVar, Literal
 
 
@@ -357,5 +358,5 @@ def _not_shared(what: str, number: int, tp: int) -> list[str]:
 
 def _divisor_near(n: int, wanted: int) -> int:
     """The divisor of n closest to `wanted`."""
-    candidates = (d for gap in range(n) for d in (wanted - gap, wanted + gap))
-    return next(d for d in candidates if 0 < d <= n and n % d == 0)
+    low = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
+    return min({*low, *(n // d for d in low)}, key=lambda d: (abs(d - wanted), d))

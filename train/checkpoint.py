@@ -29,7 +29,7 @@ from riverrun.train import engine as engines
 from riverrun.train import manifest
 from riverrun.train.config import Recipe
 from riverrun.train.distributed import Ranks
-from riverrun.train.shards import Shards, Universal, check_files, reading
+from riverrun.train.shards import Shards, Universal, reading
 
 PARTIAL, ASIDE, GONE = ".partial", ".superseded", ".removed"
 GOOD = "last_good"  # holds the name of the last known good checkpoint
@@ -123,8 +123,22 @@ def describe(folder: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save` was given as `state`."""
-    return json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+    """What `save` was given as `state`.
+
+    Raises:
+        ValueError: trainer.json is not what was written: of a checkpoint that is intact, somebody else's.
+    """
+    path = checkpoint / "trainer.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        layout = state.get("layout", UNIVERSAL)
+        ok = type(state["step"]) is int and state["step"] >= 0 and isinstance(state.get("recipe", {}), dict)
+        ok = ok and (layout == UNIVERSAL or all(type(size) is int for size in layout.values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        ok = False
+    if not ok:
+        raise ValueError(f"{path} is not what Riverrun writes: choose another checkpoint")
+    return state
 
 
 def layout_of(recipe: Recipe, ranks: Ranks) -> dict[str, int]:
@@ -141,7 +155,6 @@ def restore(checkpoint: Path, engine: engines.Engine, recipe: Recipe, ranks: Ran
     """
     state = read_state(checkpoint)
     if state["layout"] == layout_of(recipe, ranks):
-        together(lambda: check_files(checkpoint, ranks.rank, ranks.world_size), ranks)  # DeepSpeed unpickles them
         engine.load(checkpoint)
         file = checkpoint / "rng" / f"rank_{ranks.rank:05d}.pt"
         with reading(file):
@@ -222,19 +235,14 @@ def find(run_dir: Path, step: int | None = None) -> Path:
 
 
 def together(action: Callable[[], Any], ranks: Ranks) -> list[Any]:
-    """Runs an action on all ranks and waits for them; an OSError or ValueError of one is raised on all."""
-    result: Any = None
-    error: tuple[str, int | None, str] | None = None
+    """Runs an action on all ranks and waits for them; an OSError of one is raised on all."""
+    result, error = None, None
     try:
         result = action()
     except OSError as raised:
-        error = "OSError", raised.errno, str(raised)
-    except ValueError as raised:
-        error = "ValueError", None, str(raised)
+        error = (raised.errno, str(raised))
     results = ranks.gather((result, error))
-    for kind, number, message in (failure for _, failure in results if failure is not None):
-        if kind == "ValueError":
-            raise ValueError(message)
+    for number, message in (failure for _, failure in results if failure is not None):
         raise OSError(number, message) if number is not None else OSError(message)
     return [value for value, _ in results]
 

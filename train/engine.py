@@ -36,7 +36,7 @@ from riverrun.train.data.packing import Batch
 from riverrun.train.distributed import Ranks
 from riverrun.train.objectives.objective import Objective
 from riverrun.train.quiet import quiet
-from riverrun.train.shards import MASTER, Shards, Universal
+from riverrun.train.shards import MASTER, Shards, Universal, check_files, reading
 from riverrun.train.state_passing import FOLDER, StateBuffer
 
 AUTO, NEXT_TOKEN = ParallelConfig(), Objective()
@@ -103,6 +103,7 @@ class Engine:
         with quiet():
             self._deepspeed = _build(model, optimizer, train, engine, ranks, accumulation, self.dtype)
             self._deepspeed.checkpoint_engine.save = self._save_file
+            self._deepspeed.checkpoint_engine.load = _load_file
         self._norms = sys.modules[type(self._deepspeed.optimizer).__module__]  # which looks whether norms are finite
         self._norm_is_invalid = self._norms.is_invalid_grad_norm
         self._write: Callable[[Any, Path], None] = torch.save
@@ -315,8 +316,24 @@ class Engine:
             assert param.dtype == (torch.float32 if fp32 else self.dtype)
 
 
+def _load_file(path: str, map_location: Any = None) -> Any:
+    """DeepSpeed's reader, but for one that builds nothing except tensors, plain values and DeepSpeed's own three
+    classes: a file cannot run code."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with reading(path), torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
 def to_universal(folder: Path, out: Path) -> None:
-    """Rewrites DeepSpeed's files in its universal format, whatever their layout."""
+    """Rewrites DeepSpeed's files in its universal format, whatever their layout.
+
+    Raises:
+        ValueError: a file that could run code: DeepSpeed's converter would let it.
+    """
+    check_files(folder)
     with quiet(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
         from deepspeed.checkpoint import ds_to_universal
 

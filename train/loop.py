@@ -35,7 +35,8 @@ def run(recipe: Recipe, run_dir: Path, resume: str, ranks: Ranks, job: str = "",
     Raises:
         ValueError: whatever the user has to mend: ranks, data, folders, another run in the folder, a diverging run.
     """
-    recipe, note = fit(recipe, ranks.mesh.dp.size)
+    asked = recipe
+    recipe, note = fit(asked, ranks.mesh.dp.size)
     lock = RunLock(run_dir)
     with Interrupt() as interrupt, contextlib.ExitStack() as stack:
         check_same_software(ranks)
@@ -58,7 +59,7 @@ def run(recipe: Recipe, run_dir: Path, resume: str, ranks: Ranks, job: str = "",
             weights = initial.read(ranks.first(lambda: initial.locate(source)), recipe.model)
         model = build_model(recipe, ranks.mesh.tp, weights)
         accumulation = recipe.train.global_batch_size // (recipe.train.micro_batch_size * ranks.mesh.dp.size)
-        trainer = Trainer(recipe, run_dir, ranks, model, inputs, start, accumulation, interrupt, watchdog, job)
+        trainer = Trainer(recipe, run_dir, ranks, model, inputs, start, accumulation, interrupt, watchdog, job, asked)
         stack.callback(trainer.close)
         if note:
             trainer.records.display.say(note, style="yellow")

@@ -206,16 +206,13 @@ def _first(folder: Path, name: str) -> Path:
     return alone if alone.exists() else of_first
 
 
-def check_files(folder: Path, part: int = 0, parts: int = 1) -> None:
+def check_files(folder: Path) -> None:
     """For readers that are not ours, and would run what a file tells them to.
-
-    Args:
-        part: of `parts` shares of the files, the one to look at.
 
     Raises:
         ValueError: a file below the folder holds other than tensors, plain values and DeepSpeed's own few classes.
     """
-    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".pt", ".pth", ".bin"))[part::parts]:
+    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".pt", ".pth", ".bin")):
         _load(file)
 
 

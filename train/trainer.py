@@ -59,7 +59,12 @@ class Outcome:
 
 
 class Trainer:
-    """One rank's part of a run. What outlives a crash is written by `_save`; all else follows from the recipe."""
+    """One rank's part of a run. What outlives a crash is written by `_save`; all else follows from the recipe.
+
+    Args:
+        recipe: with the micro batch of so many ranks.
+        asked: the recipe that the user gave, and other numbers of ranks start from.
+    """
 
     def __init__(
         self,
@@ -73,6 +78,7 @@ class Trainer:
         interrupt: Interrupt,
         watchdog: Watchdog | None = None,
         job: str = "",
+        asked: Recipe | None = None,
     ):
         self.recipe, self.run_dir, self.ranks, self.inputs, self.interrupt = recipe, run_dir, ranks, inputs, interrupt
         self.watchdog, self.job = watchdog, job
@@ -106,7 +112,7 @@ class Trainer:
         self.begun = self.step
 
         if self.first:
-            write_description(run_dir, recipe, model, inputs, ranks)
+            write_description(run_dir, asked or recipe, model, inputs, ranks)
             superseded = checkpoint.set_aside(run_dir, self.step) if checkpoint.folder_of(run_dir).is_dir() else []
             self.records.open(self.step)
             begin = f"from the weights of {recipe.train.init_from}" if recipe.train.init_from else "from the beginning"

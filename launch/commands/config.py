@@ -35,7 +35,7 @@ def config(
         typer.echo(to_toml(loaded.recipe), nl=False)
     else:
         idle = set() if show_all else unused(loaded.recipe)
-        table = Table("key", "value", "origin", title=f"recipe {loaded.recipe.name}", title_justify="left")
+        table = Table("key", "value", "origin", title=Text(f"recipe {loaded.recipe.name}"), title_justify="left")
         section = None
         for key, value in leaves(loaded.recipe).items():
             if key in idle:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from riverrun.launch.console import err, out
+from riverrun.launch.console import err, out, printable
 
 if TYPE_CHECKING:
     from riverrun.train.data.sources import Source
@@ -173,7 +173,7 @@ def inspect(
             raise ValueError(f"{path} has documents 0 to {store.num_documents - 1}: there is no document {document}")
         ids = store.document(document)[:tokens].tolist()
         out.print(Text(f"document {document}, first {len(ids)} tokens:", style="bold"))
-        out.print(Text(decode.decode(ids) if decode else " ".join(map(str, ids))))
+        out.print(Text(printable(decode.decode(ids)) if decode else " ".join(map(str, ids))))
 
 
 def _tokenizer_beside(store: "TokenStore") -> "Tokenizer | None":

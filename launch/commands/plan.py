@@ -77,7 +77,7 @@ def _print_memory(best: "Estimate", cluster: "Cluster", recipe: "Recipe") -> Non
     shown = f"{recipe.name} on {cluster.gpus} {cluster.gpu.name}: {name_of(best.layout)}, {describe(best.layout)}"
     table = Table("memory of a GPU at its peak")
     table.add_column("GiB", justify="right")
-    out.print(shown, highlight=False, soft_wrap=True)
+    out.print(shown, highlight=False, markup=False, soft_wrap=True)
     for part, words in PARTS.items():
         if memory.parts[part]:
             table.add_row(words, f"{memory.parts[part] / GIB:.2f}")

@@ -139,6 +139,7 @@ ABSURD = [
     "model.para_lstm.expand=1e308",
     "engine.collective_timeout_minutes=1e300",
     'data.train=[{ path = "a", weight = inf }]',
+    "model.mamba2.head_dim=16777216",
     "name=\udc80",
 ]
 
@@ -193,3 +194,25 @@ def test_what_a_recipe_is_called_does_not_steer_the_terminal(place, name):
     done = CliRunner().invoke(app, ["config", str(place)], env={"TERM": "dumb"})
     assert done.exit_code == 2 and "name=" in done.output and "cannot be printed" in done.output
     assert name not in done.output
+
+
+@pytest.mark.parametrize("name", ["[/red]", "[bold]x"])
+@pytest.mark.parametrize("command", [["config"], ["plan", "--gpus", "8"]], ids=["config", "plan"])
+def test_what_looks_like_markup_is_shown_as_it_is(command, name):
+    done = CliRunner().invoke(app, [*command, "quickstart", f"name={name}"], env={"TERM": "dumb"})
+    assert done.exit_code == 0, done.exception
+    assert name in done.output
+
+
+@pytest.mark.parametrize("hidden_size, head_dim", [(65521, 30000), (65521, 16777216), (1024, 4095)])
+def test_the_nearest_size_that_divides_is_named(hidden_size, head_dim):
+    """Also where there is none near, and none up to twice the size."""
+    overrides = [f"model.hidden_size={hidden_size}", f"model.mamba2.head_dim={head_dim}"]
+    with pytest.raises(RecipeError, match=r"must divide mamba2.expand × hidden_size = .*; try \d"):
+        load_recipe("mamba2-130m", overrides, folder=shipped.FOLDER, require_inputs=False)
+
+
+@pytest.mark.parametrize("override", ["model.hidden_size=65536", "train.global_batch_size=2147483640"])
+def test_what_is_large_but_allowed_can_be_planned(override):
+    done = CliRunner().invoke(app, ["plan", "quickstart", override, "--gpus", "8"], env={"TERM": "dumb"})
+    assert done.exit_code in (0, 2) and (done.exception is None or isinstance(done.exception, SystemExit))

@@ -90,7 +90,7 @@ def test_a_failed_save_leaves_what_there_was(tmp_path):
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_what_is_written_is_what_it_was_when_the_save_began(tmp_path, asynchronous):
     engine, saver = FakeEngine(), Saver(tmp_path, 3, Alone(), asynchronous)
-    state = {"window": {"losses": [1.0]}}
+    state = {"step": 1, "window": {"losses": [1.0]}}
     saver.start(1, engine, state)
     engine.weights.zero_()
     state["window"]["losses"].append(2.0)
@@ -98,7 +98,7 @@ def test_what_is_written_is_what_it_was_when_the_save_began(tmp_path, asynchrono
     saved = saver.finish()
     assert manifest.problem(saved.path) is None and saver.pending is None and saver.finish() is None
     assert torch.equal(torch.load(saved.path / "zero" / "weights.pt")["weights"], torch.arange(100.0))
-    assert checkpoint.read_state(saved.path) == {"window": {"losses": [1.0]}}
+    assert checkpoint.read_state(saved.path) == {"step": 1, "window": {"losses": [1.0]}}
     files = [p for p in saved.path.rglob("*") if p.is_file() and p.name != manifest.NAME]
     assert saved.bytes == sum(p.stat().st_size for p in files)
     assert 0 <= saved.stall <= saved.seconds

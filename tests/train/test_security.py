@@ -21,8 +21,10 @@ from riverrun.modeling.hf.folder import check_index
 from riverrun.modeling.hf.importer import import_model
 from riverrun.train import checkpoint, manifest
 from riverrun.train.data.tokenizer import load_tokenizer
+from riverrun.train.engine import to_universal
 from riverrun.train.shards import Shards, Universal, check_files
 from riverrun.train.state_passing import StateBuffer
+from riverrun.train.universal import reshard
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from tests.train.test_loop import train
@@ -276,7 +278,7 @@ LLAMA = {
 def test_pickled_weights_of_a_model_run_no_code(tmp_path, mark):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     torch.save({"model.embed_tokens.weight": Hostile(mark)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(Exception, match=r"Weights only load failed|pickle"):
+    with pytest.raises(ValueError, match="cannot be loaded"):
         load_model(tmp_path, device="cpu")
     values = LLAMA | {"architectures": ["Mamba2ForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(values))
@@ -307,6 +309,10 @@ def test_an_index_of_weights_does_not_lead_out_of_its_folder(tmp_path):
         (tmp_path / name).write_text(json.dumps({"metadata": {}, "weight_map": {"x": target}}))
         with pytest.raises(ValueError, match=r"lacks .*etc/passwd"):
             check_index(tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+        with pytest.raises(ValueError, match=r"lacks .*etc/passwd"):
+            load_model(tmp_path, device="cpu")
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"architectures": ["Mamba2ForCausalLM"]}))
         if name.startswith("model"):
             with pytest.raises(ValueError, match=r"lacks .*etc/passwd"):
                 import_model(tmp_path)
@@ -332,4 +338,33 @@ def test_a_run_does_not_resume_from_a_checkpoint_that_runs_code(tmp_path):
     checkpoint.describe(newest, checkpoint.read_state(newest))
     code, printed = train(run_dir)
     assert code != 0 and "could run code: it was not read" in printed and str(victim) in printed, printed
-    assert not mark.exists()
+    with pytest.raises(ValueError, match="could run code: it was not read"):
+        reshard(run_dir, tmp_path / "universal")
+    assert not mark.exists() and not (tmp_path / "universal").exists()
+
+
+@pytest.mark.parametrize("named", [5, {"a": 1}, [], [5], None])
+def test_a_config_that_names_no_architecture(tmp_path, named):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"architectures": named}))
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("victim", [MODEL, OPTIMISER])
+def test_deepspeed_s_converter_gets_no_file_that_could_run_code(tmp_path, mark, victim):
+    folder = deepspeed_files(tmp_path / "zero", **{victim: {"x": Hostile(mark)}})
+    with pytest.raises(ValueError, match="could run code"):
+        to_universal(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"[", b"{}", b"[1]", b"[" * 10**5, b'{"step": -1, "recipe": {}, "layout": "universal"}',
+        b'{"step": 1, "recipe": {}, "layout": {"tp": "1"}}', b'{"step": 1, "recipe": 5, "layout": "universal"}',
+    ],
+)  # fmt: skip
+def test_a_trainer_s_state_that_nobody_wrote(tmp_path, content):
+    (tmp_path / "trainer.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"trainer\.json is not what Riverrun writes"):
+        checkpoint.read_state(tmp_path)
