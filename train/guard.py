@@ -95,9 +95,10 @@ class Guard:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.skipped, self.in_a_row, self.rollbacks = state["skipped"], state["in_a_row"], state["rollbacks"]
-        self._losses = deque(state["losses"], maxlen=self.config.window)
-        self._norms = deque(state["norms"], maxlen=self.config.window)
+        """Checkpoints of version 0.1's first weeks lack all but the first two."""
+        self.skipped, self.in_a_row, self.rollbacks = state["skipped"], state["in_a_row"], state.get("rollbacks", 0)
+        self._losses = deque(state.get("losses", ()), maxlen=self.config.window)
+        self._norms = deque(state.get("norms", ()), maxlen=self.config.window)
 
     def _limit(self, history: deque[float]) -> float:
         if not self.config.sigma or len(history) < self.config.window // 2:

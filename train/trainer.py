@@ -291,7 +291,7 @@ class Trainer:
         assert self.engine.global_steps == state["step"]
         self.guard.restore(state["guard"])
         self.window = metrics.Window(**state["window"])
-        self.gaps = [(start, end) for start, end in state["gaps"]]
+        self.gaps = [(start, end) for start, end in state.get("gaps", ())]
         return same, stateless
 
     def _due(self, every: int) -> bool:

@@ -66,6 +66,12 @@ def test_refused_steps_are_counted_and_leave_no_trace_in_the_window():
     assert not again.gives_up and again.skipped == 3
 
 
+def test_a_checkpoint_from_before_there_were_statistics_is_taken_up():
+    guard = seasoned()
+    guard.restore({"skipped": 3, "in_a_row": 1})
+    assert guard.skipped == 3 and guard.rollbacks == 0 and guard.judge(99.0, 99.0) is None
+
+
 def test_places_go_round_gaps():
     gaps = with_gap(with_gap([], 5, 7), 9, 10)
     assert [place_of(step, gaps) for step in range(9)] == [0, 1, 2, 3, 4, 7, 8, 10, 11]
