@@ -321,6 +321,9 @@ def test_compiles_for(card):
     for kernel in kernels:
         assert kernel["shared"] <= shared_limit, kernel
         assert kernel["stack"] == 0, f"spills: {kernel}"
-        assert kernel["registers"] <= 192, kernel  # of 255; a second program of 8 warps would need less than 128
+        # complex products of two numbers each; a second program of 8 warps would need less than 128 in any case
+        complex_rows = kernel["launch"] == "launch_complex_packed"
+        most = 160 if kernel["kernel"] == "forward_kernel" and not complex_rows else 192
+        assert kernel["registers"] <= most, kernel
         # none at every block
         assert kernel["converts"] <= 2, kernel
