@@ -27,6 +27,7 @@ import torch
 from riverrun.launch import local
 from riverrun.train import checkpoint, metrics, outcome
 from tests.slurm import tiny
+from tests.train.test_loop import assert_equal
 
 EVERY, A_KILL = 4, 24  # steps between checkpoints, and on average between kills
 PARTIAL = f"*{checkpoint.PARTIAL}"
@@ -135,28 +136,11 @@ def compare(whole: Path, killed: Path, steps: int) -> None:
     files = sorted(path.relative_to(a) for path in a.rglob("*.pt"))
     assert files == sorted(path.relative_to(b) for path in b.rglob("*.pt")) and len(files) >= 5
     for file in files:
-        equal(torch.load(a / file, weights_only=False), torch.load(b / file, weights_only=False), str(file))
+        assert_equal(torch.load(a / file, weights_only=False), torch.load(b / file, weights_only=False), str(file))
     losses = [
         [r["loss"] for r in metrics.read(run / "metrics.jsonl") if r["kind"] == "train"] for run in (whole, killed)
     ]
     assert losses[0] == losses[1] and len(losses[0]) == -(-steps // 10), "the losses differ"
-
-
-def equal(a: object, b: object, where: str) -> None:
-    if isinstance(a, torch.Tensor):
-        assert isinstance(b, torch.Tensor) and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert isinstance(b, dict) and a.keys() == b.keys(), where
-        for key in a:
-            equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert isinstance(b, list | tuple) and len(a) == len(b), where
-        for index, (x, y) in enumerate(zip(a, b)):
-            equal(x, y, f"{where}[{index}]")
-    elif hasattr(a, "__dict__"):
-        equal(vars(a), vars(b), where)
-    else:
-        assert a == b, where
 
 
 def main() -> None:
