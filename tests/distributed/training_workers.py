@@ -26,7 +26,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from riverrun.modeling.projection import project
-from riverrun.train import distributed, loop, manifest, outcome
+from riverrun.train import distributed, interrupt, loop, manifest, outcome
 from riverrun.train import engine as engines
 from riverrun.train.config import EngineConfig, OptimizerConfig, Recipe, TrainConfig
 from riverrun.train.data.packing import Batch
@@ -390,7 +390,12 @@ def train_run(
         send(signal.SIGINT)()
 
     def ask(reason: outcome.Reason) -> Callable[[], None]:
-        return lambda: outcome.request_stop(run_dir, reason) if last else None
+        def request() -> None:
+            if last:
+                outcome.request_stop(run_dir, reason)
+                time.sleep(interrupt.POLL_SECONDS)  # these steps are so short that the run could end before it looks
+
+        return request
 
     def wait() -> None:
         (run_dir / "waiting").touch()
