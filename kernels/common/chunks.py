@@ -127,10 +127,16 @@ def sequence_bounds(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.T
     return bounds
 
 
-def chunk_layout(x: torch.Tensor, size: int, cu_seqlens: torch.Tensor | None = None) -> Chunks:
+def chunk_layout(
+    x: torch.Tensor, size: int, cu_seqlens: torch.Tensor | None = None, skip: torch.Tensor | None = None
+) -> Chunks:
     """The layout of batch `x` (B, T, …), or of its documents, in chunks of `size` tokens (see the module docstring).
 
-    Without `cu_seqlens` the layout follows from the shape alone: it costs no transfer, and torch.compile can trace it.
+    Without `cu_seqlens` and `skip` the layout follows from the shape alone: it costs no transfer, and torch.compile can
+    trace it.
+
+    Args:
+        skip: (N,) below `size`, the places that are left free in each sequence's first chunk: it goes on with one.
 
     Raises:
         ValueError: `size` below 1, an empty batch, or bad `cu_seqlens` (see `sequence_bounds`).
@@ -140,7 +146,8 @@ def chunk_layout(x: torch.Tensor, size: int, cu_seqlens: torch.Tensor | None = N
         raise ValueError(f"the chunk size must be at least 1, got {size}")
     if B < 1 or T < 1:
         raise ValueError(f"there must be at least one sequence and one token, got a batch of B={B}, T={T}")
-    if cu_seqlens is None:
+    before: torch.Tensor | int = 0
+    if cu_seqlens is None and skip is None:
         active: tuple[int, ...] = (B,) * -(-T // size)
         chunk = torch.arange(len(active) * B, device=x.device)
         step, sequence = chunk // B, chunk % B
@@ -148,14 +155,16 @@ def chunk_layout(x: torch.Tensor, size: int, cu_seqlens: torch.Tensor | None = N
         starts, lengths = order * T, torch.full_like(order, T)
     else:
         bounds = sequence_bounds(x, cu_seqlens)
-        lengths, order = bounds.diff().sort(descending=True, stable=True)
-        starts = bounds[:-1][order]
+        free = bounds.new_zeros(len(bounds) - 1) if skip is None else skip.to(bounds)
+        lengths, order = (bounds.diff() + free).sort(descending=True, stable=True)
+        starts = (bounds[:-1] - free)[order]
         num_chunks = (lengths + size - 1) // size
         active = tuple((num_chunks[None] > torch.arange(int(num_chunks[0]))[:, None]).sum(1).tolist())
         step = torch.repeat_interleave(torch.arange(len(active)), torch.tensor(active))
         sequence = torch.cat([torch.arange(n) for n in active])
+        before = free[order][sequence, None]
     offset = step[:, None] * size + torch.arange(size, device=step.device)
-    valid = offset < lengths[sequence, None]
+    valid = (offset < lengths[sequence, None]) & (offset >= before)
     token = starts[sequence, None] + offset
     # padding writes to one place too many, which is dropped
     place = torch.empty(B * T + 1, dtype=torch.int64, device=step.device)
