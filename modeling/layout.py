@@ -50,14 +50,23 @@ class Layout:
         """(S, …) final states of all sequences → (B, …) those of each row's last sequence."""
         return state if self.sequence is None else state[self.sequence[:, -1]]
 
-    def initial(self, states: Mapping[str, torch.Tensor] | None, name: str) -> torch.Tensor | None:
-        """What the sequences start from, by the rows' states (B, …) of that name: (S, …), zeros for all but each row's
-        first; None: zeros for all."""
+    @property
+    def num_sequences(self) -> int:
+        return self.shape[0] if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    def initial(
+        self, states: Mapping[str, torch.Tensor] | None, name: str, fresh: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """What the sequences start from, by the rows' states (B, …) of that name: (S, …), `fresh` (1, …) or zeros for
+        all but each row's first; None: zeros for all."""
         state = None if states is None else states.get(name)
-        if state is None or self.sequence is None or self.cu_seqlens is None:
+        if state is None:
+            return None if fresh is None else fresh.expand(self.num_sequences, *fresh.shape[1:])
+        if self.sequence is None or self.cu_seqlens is None:
             return state
-        first = self.sequence[:, 0]
-        return state.new_zeros(len(self.cu_seqlens) - 1, *state.shape[1:]).index_copy(0, first, state)
+        start = state.new_zeros(1, *state.shape[1:]) if fresh is None else fresh.to(state.dtype)
+        start = start.expand(self.num_sequences, *state.shape[1:])
+        return start.index_copy(0, self.sequence[:, 0], state)
 
     @classmethod
     def of_rows(cls, shape: tuple[int, int], start: torch.Tensor) -> "Layout":

@@ -5,8 +5,10 @@ value in, so that a saved config is explicit. Every `problems` method lists all 
 """
 
 from dataclasses import dataclass, replace
-from math import isqrt
 from typing import ClassVar, Literal
+
+from riverrun.modeling.memory_options import MEMORY_OPTIONS, MemoryOptions
+from riverrun.modeling.option_problems import divisor_near, not_shared, positive
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class AttentionOptions:
         return replace(self, num_heads=num_heads, num_kv_heads=self.num_kv_heads or num_heads)
 
     def tp_problems(self, hidden_size: int, tp: int) -> list[str]:
-        found = _not_shared("attention.num_heads", self.num_heads, tp)
+        found = not_shared("attention.num_heads", self.num_heads, tp)
         if not found and self.num_kv_heads % tp and tp % self.num_kv_heads:
             found.append(
                 f"attention.num_kv_heads={self.num_kv_heads} must be a multiple of parallel.tp={tp}, or a divisor of it"
@@ -90,7 +92,7 @@ class Mamba2Options(_DecayOptions):
 
     def tp_problems(self, hidden_size: int, tp: int) -> list[str]:
         heads = self.expand * hidden_size // self.head_dim
-        found = _not_shared("mamba2's heads, expand × hidden_size / head_dim", heads, tp)
+        found = not_shared("mamba2's heads, expand × hidden_size / head_dim", heads, tp)
         if self.num_groups % tp and tp % self.num_groups:
             found.append(
                 f"mamba2.num_groups={self.num_groups} must be a multiple of parallel.tp={tp}, or a divisor of it"
@@ -98,14 +100,14 @@ class Mamba2Options(_DecayOptions):
         return found
 
     def problems(self, hidden_size: int) -> list[str]:
-        found = _positive("mamba2", self, "expand", "head_dim", "state_size", "num_groups", "conv_kernel", "chunk_size")
+        found = positive("mamba2", self, "expand", "head_dim", "state_size", "num_groups", "conv_kernel", "chunk_size")
         if found:
             return found
         inner = self.expand * hidden_size
         if inner % self.head_dim:
             found.append(
                 f"mamba2.head_dim={self.head_dim} must divide mamba2.expand × hidden_size = {inner}; "
-                f"try {_divisor_near(inner, self.head_dim)}"
+                f"try {divisor_near(inner, self.head_dim)}"
             )
         elif (inner // self.head_dim) % self.num_groups:
             found.append(
@@ -140,10 +142,10 @@ class GatedDeltaOptions(_DecayOptions):
         return replace(self, num_heads=self.num_heads or max(1, 3 * hidden_size // (4 * self.head_dim)))
 
     def tp_problems(self, hidden_size: int, tp: int) -> list[str]:
-        return _not_shared("gated_delta.num_heads", self.num_heads, tp)
+        return not_shared("gated_delta.num_heads", self.num_heads, tp)
 
     def problems(self, hidden_size: int) -> list[str]:
-        found = _positive("gated_delta", self, "num_heads", "head_dim", "num_householder", "conv_kernel", "chunk_size")
+        found = positive("gated_delta", self, "num_heads", "head_dim", "num_householder", "conv_kernel", "chunk_size")
         if self.value_dim < 1 or self.value_dim != self.head_dim * self.expand_v:
             found.append(
                 f"gated_delta.expand_v={self.expand_v} × head_dim={self.head_dim} must be a whole number of channels"
@@ -171,10 +173,10 @@ class PrefixLinearAttentionOptions:
         return replace(self, num_heads=self.num_heads or max(1, hidden_size // max(1, self.head_dim)))
 
     def tp_problems(self, hidden_size: int, tp: int) -> list[str]:
-        return _not_shared("prefix_linear_attention.num_heads", self.num_heads, tp)
+        return not_shared("prefix_linear_attention.num_heads", self.num_heads, tp)
 
     def problems(self, hidden_size: int) -> list[str]:
-        return _positive("prefix_linear_attention", self, "num_heads", "head_dim", "feature_dim", "chunk_size")
+        return positive("prefix_linear_attention", self, "num_heads", "head_dim", "feature_dim", "chunk_size")
 
 
 @dataclass(frozen=True)
@@ -201,14 +203,14 @@ class _ParaOptions:
         return self
 
     def tp_problems(self, hidden_size: int, tp: int) -> list[str]:
-        return _not_shared(f"{self.name}.num_heads", self.num_heads, tp)
+        return not_shared(f"{self.name}.num_heads", self.num_heads, tp)
 
     def problems(self, hidden_size: int) -> list[str]:
-        found = _positive(self.name, self, "num_heads", "conv_kernel", "max_recurrent_weight", "tolerance", "expand")
+        found = positive(self.name, self, "num_heads", "conv_kernel", "max_recurrent_weight", "tolerance", "expand")
         if not found and self.inner_size(hidden_size) % self.num_heads:
             found.append(
                 f"{self.name}.num_heads={self.num_heads} must divide expand × hidden_size = "
-                f"{self.inner_size(hidden_size)}; try {_divisor_near(self.inner_size(hidden_size), self.num_heads)}"
+                f"{self.inner_size(hidden_size)}; try {divisor_near(self.inner_size(hidden_size), self.num_heads)}"
             )
         return found
 
@@ -253,17 +255,17 @@ class HeadRNNOptions:
 
     def tp_problems(self, hidden_size: int, tp: int) -> list[str]:
         heads = self.inner_size(hidden_size) // self.head_dim
-        return _not_shared(f"{self.name}'s heads, expand × hidden_size / head_dim", heads, tp)
+        return not_shared(f"{self.name}'s heads, expand × hidden_size / head_dim", heads, tp)
 
     def problems(self, hidden_size: int) -> list[str]:
-        found = _positive(self.name, self, "expand", "head_dim")
+        found = positive(self.name, self, "expand", "head_dim")
         for n in ("conv_kernel", "recurrent_init"):
             if getattr(self, n) < 0:
                 found.append(f"{self.name}.{n}={getattr(self, n)} must not be negative; 0 is none")
         if not found and self.inner_size(hidden_size) % self.head_dim:
             found.append(
                 f"{self.name}.head_dim={self.head_dim} must divide expand × hidden_size = "
-                f"{self.inner_size(hidden_size)}; try {_divisor_near(self.inner_size(hidden_size), self.head_dim)}"
+                f"{self.inner_size(hidden_size)}; try {divisor_near(self.inner_size(hidden_size), self.head_dim)}"
             )
         return found
 
@@ -332,6 +334,7 @@ MixerOptions = (
     | GRUOptions
     | ElmanOptions
     | PrefixLinearAttentionOptions
+    | MemoryOptions
 )
 
 OPTIONS: dict[str, type] = {
@@ -345,18 +348,5 @@ OPTIONS: dict[str, type] = {
     "gru": GRUOptions,
     "elman": ElmanOptions,
     "prefix_linear_attention": PrefixLinearAttentionOptions,
+    **MEMORY_OPTIONS,
 }
-
-
-def _positive(mixer: str, options: object, *names: str) -> list[str]:
-    return [f"{mixer}.{n}={getattr(options, n)} must be positive" for n in names if getattr(options, n) <= 0]
-
-
-def _not_shared(what: str, number: int, tp: int) -> list[str]:
-    return [f"{what} = {number} must be a multiple of parallel.tp={tp}"] if number % tp else []
-
-
-def _divisor_near(n: int, wanted: int) -> int:
-    """The divisor of n closest to `wanted`."""
-    low = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
-    return min({*low, *(n // d for d in low)}, key=lambda d: (abs(d - wanted), d))

@@ -119,7 +119,9 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = False  # `set_recompute` instead
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _no_split_modules = ["Block"]
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "D"]
+    _keep_in_fp32_modules_strict = [
+        "A_log", "dt_bias", "D", "alpha_bias", "theta_bias", "eta_bias", "delta_bias", "gamma_bias", "feature_scale",
+    ]  # fmt: skip
     _supports_sdpa = True
     _is_stateful = True  # states cannot be rolled back: no assisted or contrastive decoding
 

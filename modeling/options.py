@@ -4,6 +4,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from riverrun.modeling.memory_options import (
+    AtlasOptions,
+    DeepTransformerOptions,
+    MemoraOptions,
+    MonetaOptions,
+    OmegaNetOptions,
+    TitansLMMOptions,
+    TitansMACOptions,
+    TitansMAGOptions,
+    TitansMALOptions,
+    YaadOptions,
+)
 from riverrun.modeling.mixer_options import (
     OPTIONS,
     AttentionOptions,
@@ -48,6 +60,16 @@ class ModelOptions:
     gru: GRUOptions = field(default_factory=GRUOptions)
     elman: ElmanOptions = field(default_factory=ElmanOptions)
     prefix_linear_attention: PrefixLinearAttentionOptions = field(default_factory=PrefixLinearAttentionOptions)
+    titans_lmm: TitansLMMOptions = field(default_factory=TitansLMMOptions)
+    titans_mac: TitansMACOptions = field(default_factory=TitansMACOptions)
+    titans_mag: TitansMAGOptions = field(default_factory=TitansMAGOptions)
+    titans_mal: TitansMALOptions = field(default_factory=TitansMALOptions)
+    moneta: MonetaOptions = field(default_factory=MonetaOptions)
+    yaad: YaadOptions = field(default_factory=YaadOptions)
+    memora: MemoraOptions = field(default_factory=MemoraOptions)
+    omeganet: OmegaNetOptions = field(default_factory=OmegaNetOptions)
+    atlas: AtlasOptions = field(default_factory=AtlasOptions)
+    deep_transformer: DeepTransformerOptions = field(default_factory=DeepTransformerOptions)
 
     @property
     def layers(self) -> tuple[str, ...]:

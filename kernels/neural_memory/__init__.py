@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 
 from riverrun.kernels.common.backend import check_shape, resolve_backend
+from riverrun.kernels.common.memory_rule import Rule
 from riverrun.kernels.neural_memory.chunked import neural_memory_chunked
 from riverrun.kernels.neural_memory.network import read, weights_of
 from riverrun.kernels.neural_memory.reference import neural_memory_reference
-from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Rule, Weights, fresh_state
+from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Weights, fresh_state
 
 __all__ = ["Gates", "MemoryState", "Rule", "fresh_state", "neural_memory", "read_memory"]
 

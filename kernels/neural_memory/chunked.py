@@ -24,9 +24,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from riverrun.kernels.common.chunks import Chunks, chunk_layout
+from riverrun.kernels.common.memory_rule import Rule
 from riverrun.kernels.neural_memory.gates import ChunkGates, chunk_ends, chunk_gates
 from riverrun.kernels.neural_memory.network import learn, orthogonalise, product, read, scales, weights_of
-from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Rule, Weights
+from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Weights
 from riverrun.kernels.neural_memory.sources import Sources, with_window
 
 ONLINE_CHUNK = 64
@@ -230,6 +231,8 @@ def _leave(
     full = terms.full[:, None, None, None]
     for layer, gates in enumerate(terms.gates):
         W, x, gradient = running.weights[layer], inputs[layer], gradients[layer]
+        if rule.newton_schulz:  # makes as much of a sum's rounding as of what it sums
+            x, gradient = x.to(W.dtype), gradient.to(W.dtype)
         decay = _of_outputs(gates.decay[..., -1])
         kept = decay * W
         if running.momentum is None:

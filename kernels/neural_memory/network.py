@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from riverrun.kernels.neural_memory.rule import Rule, Weights
+from riverrun.kernels.common.memory_rule import Rule
+from riverrun.kernels.neural_memory.rule import Weights
 
 EPS = 1e-6  # of the norm, and of where |e| is smooth
 Apply = Callable[[int, torch.Tensor], torch.Tensor]

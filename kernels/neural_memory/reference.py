@@ -14,8 +14,9 @@ import itertools
 import torch
 
 from riverrun.kernels.common.chunks import sequence_bounds
+from riverrun.kernels.common.memory_rule import Rule
 from riverrun.kernels.neural_memory.network import EPS, orthogonalise, read, scales, weights_of
-from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Rule, Weights
+from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Weights
 
 
 def inner_loss(

@@ -1,9 +1,10 @@
 """Ring attention (Liu et al. 2023, arXiv 2310.01889): keys and values of the shards go round, queries stay.
 
-Each rank attends to one shard's keys after another and merges the parts of the softmax; backward, keys and values go
-round once more, and the gradients that a shard's have gathered follow a step behind, then go home. They go as far as
-any query sees: with a window within a shard, that is one step. Memory grows with the shard, not with the row. For
-models with fewer heads than ranks: heads that divide are better moved (`modeling.parallel.attention`).
+Each rank attends to one shard's keys after another and merges the parts of the softmax (persistent keys, which every
+rank has, beside its own shard's); backward, keys and values go round once more, and the gradients that a shard's have
+gathered follow a step behind, then go home. They go as far as any query sees: with a window within a shard, that is
+one step. Memory grows with the shard, not with the row. For models with fewer heads than ranks: heads that divide are
+better moved (`modeling.parallel.attention`).
 """
 
 from bisect import bisect_right
@@ -18,10 +19,17 @@ from torch.autograd.function import once_differentiable
 from riverrun.modeling.attention_block import Block, attend, differentiate
 from riverrun.modeling.parallel.context import Context
 from riverrun.modeling.parallel.mesh import Axis
+from riverrun.modeling.persistent_attention import attend_beside, differentiate_beside, merge
 
 
 def ring_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, context: Context
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int | None,
+    context: Context,
+    persistent_k: torch.Tensor | None = None,
+    persistent_v: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention within documents.
 
@@ -30,43 +38,53 @@ def ring_attention(
         k, v: (B, H_kv, T, d).
         window: tokens that a query sees, itself included; None: all of its document up to it.
         context: the pieces of documents, and what joins them to other ranks'.
+        persistent_k, persistent_v: (H_kv, P, d), which every query sees; None: there are none. Their gradients are
+            this rank's part: the sum over the ranks is the whole.
 
     Returns:
         (B, H, T, d)
     """
-    return _Ring.apply(q, k, v, Block(0, window, context.cu_seqlens, min(context.longest, q.shape[2])), context)
+    own = Block(0, window, context.cu_seqlens, min(context.longest, q.shape[2]))
+    return _Ring.apply(q, k, v, persistent_k, persistent_v, own, context)
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, own: Block, context: Context
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        persistent_k: torch.Tensor | None,
+        persistent_v: torch.Tensor | None,
+        own: Block,
+        context: Context,
     ) -> torch.Tensor:
         axis, hops = _circle(context, own.window)
         for step, (keys, values) in _turn([k, v], axis, hops):
             if step == 0:
-                out, log_z = attend(q, keys, values, own)
-                out = out.to(log_z.dtype)
+                out, log_z = attend_beside(q, keys, values, persistent_k, persistent_v, own)
                 continue
             for rows, queries, seen, block in _blocks(context, step, own.window):
                 y, z = attend(q[rows, :, queries], keys[rows, :, seen], values[rows, :, seen], block)
-                _merge(out[rows, :, queries], log_z[rows, :, queries], y, z)
+                merge(out[rows, :, queries], log_z[rows, :, queries], y, z)
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, log_z)
+        ctx.save_for_backward(q, k, v, persistent_k, persistent_v, out, log_z)
         ctx.own, ctx.context = own, context
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, log_z = ctx.saved_tensors
+        q, k, v, persistent_k, persistent_v, out, log_z = ctx.saved_tensors
         own, context = ctx.own, ctx.context
         axis, hops = _circle(context, own.window)
         receive = None
         for step, (keys, values) in _turn([k, v], axis, hops):
             if step == 0:
-                grads = differentiate(grad, q, keys, values, out, log_z, own)
-                by_q, *mine = (g.to(log_z.dtype) for g in grads)
+                by_q, by_k, by_v, *by_persistent = differentiate_beside(
+                    grad, q, keys, values, persistent_k, persistent_v, out, log_z, own
+                )
                 continue
             sums = [torch.zeros_like(x, dtype=log_z.dtype) for x in (keys, values)]
             for rows, queries, seen, block in _blocks(context, step, own.window):
@@ -82,16 +100,8 @@ class _Ring(torch.autograd.Function):
                     total += before
             receive = _send(sums, axis, 1 if step < hops else -hops)
         if receive is not None:
-            mine = [part + others_part for part, others_part in zip(mine, receive())]
-        by_k, by_v = mine
-        return by_q.to(q.dtype), by_k.to(k.dtype), by_v.to(v.dtype), None, None
-
-
-def _merge(out: torch.Tensor, log_z: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> None:
-    """Another part of the softmax joins, in place."""
-    total = torch.logaddexp(log_z, z)
-    out.mul_((log_z - total).exp()[..., None]).add_(y * (z - total).exp()[..., None])
-    log_z.copy_(total)
+            by_k, by_v = (part + others_part for part, others_part in zip((by_k, by_v), receive()))
+        return by_q.to(q.dtype), by_k.to(k.dtype), by_v.to(v.dtype), *by_persistent, None, None
 
 
 # who sees whom: on the host, of all ranks alike

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from riverrun.modeling.config import RiverrunConfig
+from riverrun.modeling.memory_options import AtlasOptions, TitansLMMOptions, YaadOptions
 from riverrun.modeling.mixer_options import (
     AttentionOptions,
     ElmanOptions,
@@ -42,6 +43,13 @@ BASE = ModelOptions(
         num_heads=4, head_dim=4, feature_dim=3, encoder=False, chunk_size=4
     ),
 )
+MEMORY = {"num_heads": 4, "head_dim": 4, "expand": 2, "chunk_size": 4, "gate_rank": 3, "num_persistent": 3}
+BASE = replace(
+    BASE,
+    titans_lmm=TitansLMMOptions(**MEMORY),
+    yaad=YaadOptions(**MEMORY),
+    atlas=AtlasOptions(**MEMORY, omega_window=3),
+)
 
 
 def of(*pattern: str, **changes) -> ModelOptions:
@@ -60,6 +68,13 @@ SHAPES = {
     "lstm": of("lstm"),
     "gru, elman": of("gru", "elman"),
     "prefix_linear_attention": of("prefix_linear_attention"),
+    "titans_lmm": of("titans_lmm"),
+    "titans_lmm linear": of("titans_lmm", titans_lmm=replace(BASE.titans_lmm, depth=1, chunk_size=1)),
+    "titans_lmm linear, no momentum": of(
+        "titans_lmm", titans_lmm=replace(BASE.titans_lmm, depth=1, chunk_size=1, momentum=False, num_persistent=0)
+    ),
+    "yaad": of("yaad"),
+    "atlas": of("atlas"),
     "attention": of("attention"),
     "attention, one key head, full norms": of(
         "attention", post_norm_attention=True, attention=replace(BASE.attention, num_kv_heads=1, qk_norm="full")

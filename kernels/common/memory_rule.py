@@ -1,0 +1,56 @@
+"""How a neural memory learns, without torch: models' options are read where it need not be loaded."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A memory network and its learning rule. With the names of `riverrun.kernels.neural_memory.neural_memory`:
+
+    Attributes:
+        chunk_size: b, tokens whose gradients are taken at the weights before the first of them; 1: the online rule.
+            Chunks are counted from a sequence's start.
+        read: "after": a token reads the memory it has written to (Titans, arXiv 2501.00663, eq. 15). "before": the one
+            before it. "chunk": that at its chunk's start, as in LaCT (arXiv 2505.23884), which makes a chunk plain
+            matrix products.
+        bias: the inner loss, of e = f(k) − v: "l2" ½‖e‖²; "dot" −⟨f(k), v⟩; "lp" Σ|e|^p / p; "huber" ½‖e‖² where
+            ‖e‖ ≤ δ, and δ‖e‖₁ beyond (Yaad, arXiv 2504.13173, §5.3).
+        p: of "lp".
+        activation: φ between the layers.
+        residual: f(x) = x + … .
+        gated: three matrices, (φ(x W₁) ∘ (x W₂)) W₃, instead of a chain.
+        retention: what weights are made of the accumulators that are written to: "none": they are those. "lq": scaled
+            by 1 / ‖A‖_q^(q−2) (Moneta, §5.3), at each chunk's start. "softmax": softmax over each output's
+            inputs (Memora), at each chunk's start.
+        q: of "lq".
+        window: c, tokens up to each whose weighted losses it learns from (the Omega rule of ATLAS, arXiv 2505.23735,
+            eq. 9). Gradients of tokens before the chunk are taken anew at its weights.
+        newton_schulz: iterations of Muon's orthogonalisation that a chunk's last momentum S_b, which then takes its
+            gradients whole, passes through on its way into the weights, Σ_t (Π_{j>t} (1 − α_j)) θ_t times, when the
+            chunk is full (ATLAS, eqs. 32–33, which do this at every token); 0: none.
+    """
+
+    chunk_size: int = 1
+    read: Literal["after", "before", "chunk"] = "after"
+    bias: Literal["l2", "dot", "lp", "huber"] = "l2"
+    p: float = 3.0
+    activation: Literal["gelu", "silu"] = "gelu"
+    residual: bool = False
+    gated: bool = False
+    retention: Literal["none", "lq", "softmax"] = "none"
+    q: float = 4.0
+    window: int = 1
+    newton_schulz: int = 0
+
+    def problems(self) -> list[str]:
+        """All that does not fit together, each with its fix."""
+        found = [f"{n}={getattr(self, n)} must be at least 1" for n in ("chunk_size", "window") if getattr(self, n) < 1]
+        if self.read != "chunk" and (self.newton_schulz or self.retention == "softmax"):
+            what = "newton_schulz" if self.newton_schulz else "retention='softmax'"
+            found.append(f"{what} changes the weights at chunks' ends only: it needs read='chunk'")
+        if self.p < 1:
+            found.append(f"p={self.p} must be at least 1; the paper has 3")
+        if self.q < 2:
+            found.append(f"q={self.q} must be at least 2; the paper has 4")
+        return found

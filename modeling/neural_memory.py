@@ -1,0 +1,299 @@
+"""The part of a layer that is a neural memory: projections, gates and the memory's weights before the first token.
+
+Queries, keys and values pass a short convolution and SiLU; queries and keys have unit length, or their powers have. The
+size of steps is a share of what is stable for such keys (`NeuralMemoryOptions.step_cap`). Persistent tokens are written
+before every sequence, as a chunk of their own, and the convolutions do not look back at them.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from riverrun.kernels.neural_memory import Gates, MemoryState, fresh_state, neural_memory
+from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, short_convs
+from riverrun.modeling.layout import Layout
+from riverrun.modeling.memory_options import NeuralMemoryOptions
+from riverrun.modeling.parallel.split import Plan, Split
+from riverrun.modeling.projection import project
+
+Convolve = Callable[..., list[torch.Tensor]]
+
+
+class MemoryInputs(NamedTuple):
+    """What `neural_memory` takes of every token."""
+
+    q: torch.Tensor  # (B, T, H, K)
+    k: torch.Tensor
+    v: torch.Tensor  # (B, T, H, V)
+    gates: tuple[Gates, ...]
+    delta: torch.Tensor | None  # (B, T, H)
+    gamma: torch.Tensor | None  # (B, T, H)
+
+
+class NeuralMemory(nn.Module):
+    """(B, T, hidden_size) → what the memory says of every token (B, T, H, head_dim)."""
+
+    def __init__(self, options: NeuralMemoryOptions, hidden_size: int):
+        super().__init__()
+        self.options = o = options
+        H, D = o.num_heads, o.head_dim
+        for name in "qkv":
+            self.add_module(f"{name}_proj", nn.Linear(hidden_size, H * D, bias=False))
+            self.add_module(f"{name}_conv", ShortConv(H * D, o.conv_kernel, bias=False))
+        for i, size in enumerate(o.layer_sizes):
+            self.register_parameter(f"memory_{i}", nn.Parameter(torch.empty(H, *size)))
+        self.norm_gain = nn.Parameter(torch.empty(H, D)) if o.norm and not o.is_linear else None
+        self.feature_scale = fp32_parameter(o.feature_degree) if o.feature_degree > 1 else None
+        for name in self._gates():
+            if self._per_output(name):
+                self.add_module(f"{name}_down", nn.Linear(hidden_size, o.gate_rank, bias=False))
+                ups = (nn.Linear(o.gate_rank, H * out, bias=False) for _, out in o.layer_sizes)
+                self.add_module(f"{name}_up", nn.ModuleList(ups))
+            else:
+                self.add_module(f"{name}_proj", nn.Linear(hidden_size, self._copies(name) * H, bias=False))
+            self.register_parameter(f"{name}_bias", fp32_parameter(self._copies(name), H))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        layout: Layout,
+        states: dict[str, torch.Tensor] | None = None,
+        persistent: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x (B, T, hidden_size), or (1, B·T, hidden_size) if packed; persistent (P, hidden_size) tokens."""
+
+        def convolve(**convs: tuple[ShortConv, torch.Tensor]) -> list[torch.Tensor]:
+            return short_convs(layout, states, **convs)
+
+        inputs = self.inputs(x, convolve)
+        start = self.start(persistent)
+        if layout.context is not None:
+            from riverrun.modeling.parallel.neural_memory import context_neural_memory
+
+            return context_neural_memory(layout.context, self, inputs, start)
+        place = layout.initial(states, "memory_place", torch.zeros(1, device=x.device))  # in an open chunk
+        y, state = self.run(inputs, initial_state(layout, states, start), place, layout.cu_seqlens)
+        if states is not None:
+            assert place is not None
+            lengths = x.shape[1] if layout.cu_seqlens is None else layout.cu_seqlens.diff()
+            states["memory_place"] = layout.last((place + lengths) % self.options.chunk_size)
+            states.update({name: layout.last(part) for name, part in as_dict(state).items()})
+        return y
+
+    @property
+    def weights(self) -> tuple[torch.Tensor, ...]:
+        """Per layer (H, in, out), before the first token."""
+        return tuple(getattr(self, f"memory_{i}") for i in range(len(self.options.layer_sizes)))
+
+    def inputs(self, x: torch.Tensor, convolve: Convolve) -> MemoryInputs:
+        """`convolve` takes pairs of a `ShortConv` and its input, by name, and returns the outputs."""
+        o = self.options
+        layers = {name: getattr(self, f"{name}_proj") for name in "qkv"}
+        for name in self._gates():
+            layers[name] = getattr(self, f"{name}_down" if self._per_output(name) else f"{name}_proj")
+        parts = dict(zip(layers, project(x, *layers.values())))
+        q, k, v = convolve(**{f"{name}_conv": (getattr(self, f"{name}_conv"), parts[name]) for name in "qkv"})
+        q, k, v = (t.unflatten(-1, (-1, o.head_dim)) for t in (q, k, v))
+        logits = {name: self._logits(name, parts[name]) for name in self._gates()}
+        return MemoryInputs(
+            self._features(q).to(v.dtype),
+            self._features(k).to(v.dtype),
+            v,
+            self._memory_gates(logits),
+            F.softplus(logits["delta"][0]) if "delta" in logits else None,
+            logits["gamma"][0].sigmoid() if "gamma" in logits else None,
+        )
+
+    def run(
+        self,
+        inputs: MemoryInputs,
+        state: MemoryState | None,
+        place: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        chunk_size: int | None = None,
+        heads: slice = slice(None),
+    ) -> tuple[torch.Tensor, MemoryState]:
+        """`neural_memory` of these weights, or of some heads' if the inputs are of those; `place` (S,): tokens that the
+        open chunk of each sequence has."""
+        q, k, v, gates, delta, gamma = inputs
+        rule = self.options.rule
+        return neural_memory(
+            q,
+            k,
+            v,
+            tuple(w[heads] for w in self.weights),
+            gates,
+            rule=rule if chunk_size is None else replace(rule, chunk_size=chunk_size),
+            norm_weight=None if self.norm_gain is None else self.norm_gain[heads],
+            delta=delta,
+            gamma=gamma,
+            initial_state=state,
+            position=None if place is None else place.long(),
+            cu_seqlens=cu_seqlens,
+        )
+
+    def start(self, persistent: torch.Tensor | None) -> MemoryState:
+        """What sequences start from, as that of one."""
+        if persistent is None or not len(persistent):
+            weights = tuple(at_least_fp32(w) for w in self.weights)
+            return fresh_state(weights, 1, self.options.rule, self.options.momentum, self.options.head_dim)
+
+        def convolve(**convs: tuple[ShortConv, torch.Tensor]) -> list[torch.Tensor]:
+            return [conv(x, None, None)[0] for conv, x in convs.values()]
+
+        _, state = self.run(self.inputs(persistent[None], convolve), None, chunk_size=len(persistent))
+        return state._replace(anchor=state.weights if self.options.chunk_size > 1 else None)
+
+    def reset_parameters(self) -> None:
+        o = self.options
+        with torch.no_grad():
+            for weight in self.weights:  # logarithms of small spread would be weights that are all equal
+                nn.init.normal_(weight, std=1.0 if o.retention == "softmax" else weight.shape[1] ** -0.5)
+            if self.norm_gain is not None:
+                nn.init.constant_(self.norm_gain, o.head_dim**-0.5)  # the length of keys
+            if self.feature_scale is not None:
+                self.feature_scale.copy_(torch.tensor([1 / math.factorial(i + 1) for i in range(o.feature_degree)]))
+            forgotten = 1 - 2 ** (-1 / o.half_life)
+            biases = {
+                "alpha": math.log(forgotten / (1 - forgotten)),
+                "eta": math.log(o.momentum_init / (1 - o.momentum_init)),
+                "theta": 0.0,
+                "delta": math.log(math.e - 1),  # δ = 1
+                "gamma": 0.0,
+            }
+            for name in self._gates():
+                nn.init.constant_(getattr(self, f"{name}_bias"), biases[name])
+
+    def parameter_plan(self) -> Plan:
+        """Heads are split."""
+        plan: Plan = {f"{name}_{part}.weight": 0 for name in "qkv" for part in ("proj", "conv")}
+        plan |= {f"memory_{i}": 0 for i in range(len(self.weights))}
+        if self.norm_gain is not None:
+            plan["norm_gain"] = 0
+        if self.feature_scale is not None:
+            plan["feature_scale"] = None
+        for name in self._gates():
+            plan[f"{name}_bias"] = 1
+            if self._per_output(name):
+                plan[f"{name}_down.weight"] = None
+                plan |= {f"{name}_up.{i}.weight": 0 for i in range(len(self.weights))}
+            else:
+                plan[f"{name}_proj.weight"] = Split(0, blocks=self._copies(name))
+        return plan
+
+    def mixing_flops(self, seq_len: int) -> float:
+        """Per layer of the memory, of which one product counts as its weights': one to learn, one to read (two with a
+        momentum), one for the gradient's outer product (two) and one back through all layers but the first; and pairs
+        of tokens of a chunk, for every layer."""
+        o = self.options
+        online = o.is_linear and o.chunk_size == 1
+        chunk = min(64 if online else o.chunk_size, seq_len)
+        states = 2 if o.momentum else 1
+        total = 0.0
+        for i, (n, m) in enumerate(o.layer_sizes):
+            back = 1 if i else 0
+            reads = 1 if o.read == "chunk" else states
+            total += 2 * n * m * (back + reads + states)
+            if o.read != "chunk":
+                total += 2 * chunk * (n + m)
+        if online:
+            total += 2 * chunk * (o.head_dim + o.feature_dim)
+        if o.newton_schulz:
+            for n, m in o.layer_sizes:
+                small, large = sorted((n, m))
+                total += o.newton_schulz * (4 * small**2 * large + 2 * small**3) / chunk
+        return o.num_heads * total
+
+    def state_bytes(self) -> int:
+        o = self.options
+        copies = 1 + o.momentum + (o.chunk_size > 1)
+        memory = 4 * o.num_heads * copies * sum(n * m for n, m in o.layer_sizes)
+        past = 4 * (o.omega_window - 1) * o.num_heads * (o.feature_dim + o.head_dim + 1)
+        pending = 4 * o.num_heads * len(o.layer_sizes) if o.newton_schulz else 0
+        return memory + past + pending + 4 + 2 * 3 * (o.conv_kernel - 1) * o.num_heads * o.head_dim
+
+    def _gates(self) -> tuple[str, ...]:
+        o = self.options
+        there = {"eta": o.momentum, "delta": o.bias == "huber", "gamma": o.omega_window > 1}
+        return "alpha", "theta", *(name for name in there if there[name])
+
+    def _per_output(self, name: str) -> bool:
+        return self.options.gates == "channel" and name in ("alpha", "theta")
+
+    def _copies(self, name: str) -> int:
+        """Values a head: one, or one a layer."""
+        each = self.options.gates != "head" and name in ("alpha", "theta", "eta")
+        return len(self.options.layer_sizes) if each else 1
+
+    def _logits(self, name: str, x: torch.Tensor) -> list[torch.Tensor]:
+        """Per layer of the memory, or one for all: (B, T, H), or (B, T, H, out)."""
+        bias = at_least_fp32(getattr(self, f"{name}_bias"))
+        if self._per_output(name):
+            ups = getattr(self, f"{name}_up")
+            return [at_least_fp32(up(x)).unflatten(-1, (len(b), -1)) + b[:, None] for up, b in zip(ups, bias)]
+        return list((at_least_fp32(x).unflatten(-1, bias.shape) + bias).unbind(-2))
+
+    def _memory_gates(self, logits: Mapping[str, list[torch.Tensor]]) -> tuple[Gates, ...]:
+        gates = []
+        for i in range(len(logits["alpha"])):
+            alpha, theta = logits["alpha"][i], logits["theta"][i].sigmoid()
+            eta = logits["eta"][i] if "eta" in logits else None
+            log_momentum = None if eta is None else F.logsigmoid(eta)
+            cap = self.largest_step(torch.zeros_like(theta) if eta is None else eta.sigmoid())
+            cap = cap[..., None] if cap.dim() < theta.dim() else cap
+            gates.append(Gates(F.logsigmoid(-alpha), theta * cap, log_momentum))
+        return tuple(gates * (len(self.weights) if len(gates) == 1 else 1))
+
+    def largest_step(self, eta: torch.Tensor) -> torch.Tensor:
+        """The cap of θ by the momentum η that there is; see `NeuralMemoryOptions.step_cap`.
+
+        A step along one key of unit length in a chunk of b scales the error by 1 − b θ / (1 − η) in the end if all keys
+        are equal, and by up to (1 + √(b / K))² θ / (1 − η) instead of b if they are random (the largest eigenvalue of
+        their Gram matrix, Marchenko & Pastur 1967). Online it is stable up to θ = (2 − α)(1 + η): half of it.
+        The layers of a memory share the step, and so do the gradients of a window. An orthogonal update is of unit size
+        whatever θ sums to over a chunk, at most 1.
+        """
+        o = self.options
+        if o.step_cap == "none":
+            return torch.ones_like(eta)
+        if o.newton_schulz:
+            return torch.full_like(eta, 1 / o.chunk_size)
+        shares = len(self.weights) * o.omega_window
+        if o.chunk_size == 1:
+            return (1 + eta) / shares
+        curvature = o.chunk_size if o.step_cap == "equal" else (1 + math.sqrt(o.chunk_size / o.feature_dim)) ** 2
+        return 2 * (1 - eta) / (curvature * shares)
+
+    def _features(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, H, head_dim) → unit length, or that of powers (B, T, H, degree · head_dim)."""
+        x = _unit(at_least_fp32(x))
+        if self.feature_scale is not None:
+            powers = [scale * x ** (i + 1) for i, scale in enumerate(self.feature_scale)]
+            x = _unit(torch.cat(powers, dim=-1))
+        return x
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def as_dict(state: MemoryState) -> dict[str, torch.Tensor]:
+    """By the names that a cache has its parts by."""
+    parts = state._asdict().items()
+    return {f"memory_{name}_{i}": t for name, part in parts if part is not None for i, t in enumerate(part)}
+
+
+def initial_state(layout: Layout, states: Mapping[str, torch.Tensor] | None, start: MemoryState) -> MemoryState:
+    """What the sequences start from, by the rows' states and `start` of one sequence."""
+
+    def part(name: str, fresh: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor | None, ...] | None:
+        if fresh is None:
+            return None
+        return tuple(layout.initial(states, f"memory_{name}_{i}", t) for i, t in enumerate(fresh))
+
+    return MemoryState(*(part(name, fresh) for name, fresh in start._asdict().items()))  # type: ignore[arg-type]
