@@ -18,6 +18,7 @@ from riverrun.kernels.neural_memory import Gates, MemoryState, fresh_state, neur
 from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, short_convs
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.memory_options import NeuralMemoryOptions
+from riverrun.modeling.memory_statistics import RECENT, note_gates, note_memory
 from riverrun.modeling.parallel.split import Plan, Split
 from riverrun.modeling.projection import project
 
@@ -72,12 +73,17 @@ class NeuralMemory(nn.Module):
 
         inputs = self.inputs(x, convolve)
         start = self.start(persistent)
+        if self.training and torch.is_grad_enabled():
+            note_gates(inputs.gates)
         if layout.context is not None:
             from riverrun.modeling.parallel.neural_memory import context_neural_memory
 
             return context_neural_memory(layout.context, self, inputs, start)
         place = layout.initial(states, "memory_place", torch.zeros(1, device=x.device))  # in an open chunk
-        y, state = self.run(inputs, initial_state(layout, states, start), place, layout.cu_seqlens)
+        before = initial_state(layout, states, start)
+        y, state = self.run(inputs, before, place, layout.cu_seqlens)
+        if self.training and torch.is_grad_enabled():
+            self._note(inputs, layout, before, state)
         if states is not None:
             assert place is not None
             lengths = x.shape[1] if layout.cu_seqlens is None else layout.cu_seqlens.diff()
@@ -89,6 +95,17 @@ class NeuralMemory(nn.Module):
     def weights(self) -> tuple[torch.Tensor, ...]:
         """Per layer (H, in, out), before the first token."""
         return tuple(getattr(self, f"memory_{i}") for i in range(len(self.options.layer_sizes)))
+
+    def _note(self, inputs: MemoryInputs, layout: Layout, before: MemoryState, after: MemoryState) -> None:
+        (B, T), valid = layout.shape, None
+        if layout.sequence is not None:
+            valid = (layout.sequence == layout.sequence[:, -1:])[:, -RECENT:]
+        k, v = (x.view(B, T, *x.shape[2:])[:, -RECENT:] for x in (inputs.k, inputs.v))
+
+        def of_rows(state: MemoryState) -> MemoryState:
+            return map_state(layout.last, state._replace(past=None))
+
+        note_memory(k, v, valid, of_rows(before), of_rows(after), self.options.rule, self.norm_gain)
 
     def inputs(self, x: torch.Tensor, convolve: Convolve) -> MemoryInputs:
         """`convolve` takes pairs of a `ShortConv` and its input, by name, and returns the outputs."""
@@ -254,9 +271,11 @@ class NeuralMemory(nn.Module):
 
         A step along one key of unit length in a chunk of b scales the error by 1 − b θ / (1 − η) in the end if all keys
         are equal, and by up to (1 + √(b / K))² θ / (1 − η) instead of b if they are random (the largest eigenvalue of
-        their Gram matrix, Marchenko & Pastur 1967). Online it is stable up to θ = (2 − α)(1 + η): half of it.
+        their Gram matrix, Marchenko & Pastur 1967). At b = 1 one repeated key would bear θ up to (2 − α)(1 + η), but
+        random ones do not: the squared error then grows from 2 (1 − η) on, as of any stochastic gradient with momentum.
         The layers of a memory share the step, and so do the gradients of a window. An orthogonal update is of unit size
-        whatever θ sums to over a chunk, at most 1.
+        whatever θ sums to over a chunk, at most 1. For losses that are not quadratic, and where η changes much from token
+        to token, this is a rule of thumb.
         """
         o = self.options
         if o.step_cap == "none":
@@ -264,9 +283,9 @@ class NeuralMemory(nn.Module):
         if o.newton_schulz:
             return torch.full_like(eta, 1 / o.chunk_size)
         shares = len(self.weights) * o.omega_window
-        if o.chunk_size == 1:
-            return (1 + eta) / shares
-        curvature = o.chunk_size if o.step_cap == "equal" else (1 + math.sqrt(o.chunk_size / o.feature_dim)) ** 2
+        curvature = float(o.chunk_size)
+        if o.step_cap == "random" and o.chunk_size > 1:
+            curvature = (1 + math.sqrt(o.chunk_size / o.feature_dim)) ** 2
         return 2 * (1 - eta) / (curvature * shares)
 
     def _features(self, x: torch.Tensor) -> torch.Tensor:
@@ -280,6 +299,10 @@ class NeuralMemory(nn.Module):
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def map_state(function: Callable[[torch.Tensor], torch.Tensor], state: MemoryState) -> MemoryState:
+    return MemoryState(*(None if part is None else tuple(map(function, part)) for part in state))  # type: ignore[arg-type]
 
 
 def as_dict(state: MemoryState) -> dict[str, torch.Tensor]:

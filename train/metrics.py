@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from riverrun.kernels.common.shooting import SolveStatistics, take_statistics
+from riverrun.modeling.memory_statistics import take_memory_statistics
 from riverrun.train.config import LogConfig
 
 # dense bf16 peak of one device in FLOP/s, from the makers' data sheets; the first name that fits counts
@@ -61,22 +62,40 @@ class Window:
     losses: dict[str, list[float]] = field(default_factory=dict)  # of the objective: sum and count of each
     skipped: int = 0
     solves: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the nonlinear recurrences, by op
+    memories: dict[str, list[float]] = field(default_factory=dict)  # of neural memories: sum and count of each
 
     def add(self, losses: dict[str, tuple[float, float]], skipped: bool) -> None:
         """One step; the losses of a skipped one say nothing and are left out."""
         self.skipped += skipped
         if not skipped:
-            for name, found in losses.items():
-                self.losses[name] = [a + b for a, b in zip(self.losses.get(name, (0.0, 0.0)), found)]
+            self.losses = merge_sums(self.losses, {name: list(found) for name, found in losses.items()})
 
     def add_solves(self) -> None:
         """What the solvers counted since the last call."""
         taken = {op: vars(statistics) for op, statistics in take_statistics().items()}
         self.solves = merge_solves(self.solves, taken)
 
+    def add_memories(self) -> None:
+        """What the neural memories noted since the last call."""
+        self.memories = merge_sums(self.memories, take_memory_statistics())
+
     def means(self) -> dict[str, float | None]:
         """Nats per prediction of each loss; None where nothing counted."""
         return {name: value / count if count else None for name, (value, count) in self.losses.items()}
+
+
+def merge_sums(*parts: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Of each name the sum of sums, and of counts."""
+    merged: dict[str, list[float]] = {}
+    for part in parts:
+        for name, found in part.items():
+            merged[name] = [a + b for a, b in zip(merged.get(name, (0.0, 0.0)), found)]
+    return merged
+
+
+def memory_metrics(memories: dict[str, list[float]]) -> dict[str, float]:
+    """Means; see `riverrun.modeling.memory_statistics`."""
+    return {name: value / count for name, (value, count) in memories.items() if count}
 
 
 def merge_solves(*parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -300,10 +300,12 @@ class Trainer:
     def _record(self) -> None:
         self._phase("record")
         self.window.add_solves()
+        self.window.add_memories()
         losses, window = self.window.means(), self.window
         self.window = metrics.Window()
         # every rank has the same layers, so that all of them take part or none does
         solves = metrics.merge_solves(*self.ranks.gather(window.solves)) if window.solves else {}
+        memories = metrics.merge_sums(*self.ranks.gather(window.memories)) if window.memories else {}
         if not self.first:
             return
         speed = self.clock.tokens_per_second()
@@ -324,6 +326,7 @@ class Trainer:
                 "memory_gib": metrics.peak_memory_gib(self.ranks.device),
                 "skipped": window.skipped,
                 **metrics.solver_metrics(solves),
+                **metrics.memory_metrics(memories),
             }
         )
 
@@ -367,6 +370,8 @@ class Trainer:
         """Begins to write a checkpoint. If it cannot be, training goes on: earlier checkpoints are untouched."""
         self._finish_save()
         self.window.add_solves()
+        self.window.add_memories()
+        self.window.add_memories()
         self._phase("save")
         with self.clock.paused():
             state = {

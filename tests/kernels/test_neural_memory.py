@@ -354,6 +354,22 @@ def test_equal_keys_within_the_bound_stay_bounded():
     assert sizes[0] < 20 and sizes[1] > 1e6
 
 
+@pytest.mark.parametrize("momentum", [0.5, 0.9])
+def test_random_keys_bear_steps_up_to_2_less_momentum(momentum):
+    """θ < 2 (1 − η) online: far less than one repeated key bears, (2 − α)(1 + η)."""
+    generator = torch.Generator().manual_seed(0)
+    size = 1, 2048, H, 16
+    k = torch.nn.functional.normalize(torch.randn(size, generator=generator, dtype=torch.float64), dim=-1)
+    v = torch.randn(size, generator=generator, dtype=torch.float64)
+    ones = torch.ones(size[:3], dtype=torch.float64)
+    sizes = []
+    for factor in (0.9, 1.3):
+        gates = Gates(0 * ones, factor * 2 * (1 - momentum) * ones, ones.mul(momentum).log())
+        _, state = neural_memory(k, k, v, (torch.zeros(H, 16, 16, dtype=torch.float64),), gates, rule=LINEAR)
+        sizes.append(state.weights[0].norm())
+    assert sizes[0] < 1e3 and sizes[1] > 1e6, sizes
+
+
 @pytest.mark.parametrize("name", ["linear", "two layers with norm", "read the chunk's"])
 def test_narrow_inputs_keep_a_wide_state(name):
     arguments, rule = variant(name, 2, 40)

@@ -98,3 +98,14 @@ def test_the_loss_curve_is_a_picture(tmp_path, bits):
     plot.loss_curve(found, tmp_path / "loss.png", "test")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     plot.loss_curve([], tmp_path / "empty.png", "nothing yet")
+
+
+def test_the_window_adds_up_what_memories_noted(monkeypatch):
+    noted = iter([{"memory_loss": [3.0, 4.0]}, {"memory_loss": [1.0, 4.0], "memory_eta": [0.5, 1.0]}])
+    monkeypatch.setattr(metrics, "take_memory_statistics", lambda: next(noted))
+    window = metrics.Window()
+    window.add_memories()
+    window.add_memories()
+    assert metrics.Window(**json.loads(json.dumps(vars(window)))) == window
+    assert metrics.memory_metrics(window.memories) == {"memory_loss": 0.5, "memory_eta": 0.5}
+    assert metrics.memory_metrics(metrics.Window().memories) == {}
