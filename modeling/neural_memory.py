@@ -274,8 +274,8 @@ class NeuralMemory(nn.Module):
         their Gram matrix, Marchenko & Pastur 1967). At b = 1 one repeated key would bear θ up to (2 − α)(1 + η), but
         random ones do not: the squared error then grows from 2 (1 − η) on, as of any stochastic gradient with momentum.
         The layers of a memory share the step, and so do the gradients of a window. An orthogonal update is of unit size
-        whatever θ sums to over a chunk, at most 1. For losses that are not quadratic, and where η changes much from token
-        to token, this is a rule of thumb.
+        whatever θ sums to over a chunk, at most 1. It is a rule of thumb for losses that are not quadratic, and where η
+        changes much from token to token.
         """
         o = self.options
         if o.step_cap == "none":
