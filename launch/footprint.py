@@ -5,8 +5,8 @@ CUDA, with what its autograd saves. No GPU is needed. Three stand-ins make fakes
 torch has, behave as tensors on CUDA: `is_cuda`; torch's attention and RMSNorm, whose CUDA kernels save other things
 than the CPU's; and collectives of tensor parallelism, which allocate what they return and send nothing.
 
-Allocated bytes are followed operator by operator. They are affine in the rows of a batch, and so are two runs, with one
-row and with two, enough for any number of tokens: the peak is the largest of those lines, which need not be the same
+Allocated bytes are followed operator by operator. They are affine in the rows of a batch, and so are two runs, with two
+rows and with three, enough for any number of tokens: the peak is the largest of those lines, which need not be the same
 one for few tokens (a weight's gradient) and for many (activations).
 
 Not seen: what a Triton kernel's launcher allocates and frees again, for which `INSIDE` has formulas; torch.compile.
@@ -260,7 +260,7 @@ def block_footprint(options: ModelOptions, mixer: str, tp: int, dtype: torch.dty
     single, row = replace(options, num_hidden_layers=1, layer_pattern=(mixer,)), TOKENS // tp * tp
     single = replace(single, attention=replace(options.attention, window=None))  # flash kernels save the same in one
     passes, kept, entered = [], [], []
-    for rows in (1, 2):
+    for rows in (2, 3):  # of one row some copies are none
         with _fakes():
             block = _shard(single, tp, dtype).model.layers[0]
             layout = _layout(single, rows, row, dtype)
@@ -268,8 +268,8 @@ def block_footprint(options: ModelOptions, mixer: str, tp: int, dtype: torch.dty
             passes.append(_run(partial(block, layout=layout), shape, dtype))
         kept.append(passes[-1][2])
         entered.append(prod(shape) * dtype.itemsize)
-    forward, backward = (_join(one, two) for one, two in zip(passes[0][:2], passes[1][:2]))
-    return Footprint(row, forward, backward, np.array(kept, float), np.array(entered, float))
+    forward, backward = (_back(_join(two, three)) for two, three in zip(passes[0][:2], passes[1][:2]))
+    return Footprint(row, forward, backward, *(_one_and_two(np.array(n, float)) for n in (kept, entered)))
 
 
 def head_footprint(options: ModelOptions, tp: int, dtype: torch.dtype, tokens: int) -> Footprint:
@@ -284,7 +284,7 @@ def head_footprint(options: ModelOptions, tp: int, dtype: torch.dtype, tokens: i
     two, three = (_head(options, tp, dtype, n * chunk) for n in (2, 3))
 
     def line(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return np.stack([2 * a[..., 0] - b[..., 0], a[..., 0]], axis=-1)
+        return _one_and_two(np.stack([a[..., 0], b[..., 0]], axis=-1))
 
     def through(a: Pass, b: Pass) -> Pass:
         peak = line(a.alive.max(0), b.alive.max(0))[None]
@@ -314,6 +314,16 @@ def _head(options: ModelOptions, tp: int, dtype: torch.dtype, tokens: int) -> Fo
         forward, backward, kept = _run(loss, shape, dtype)
     saved, entered = (np.array([n, n], float) for n in (kept, prod(shape) * dtype.itemsize))
     return Footprint(tokens, _join(forward, forward), _join(backward, backward), saved, entered)
+
+
+def _one_and_two(of_two_and_three: np.ndarray) -> np.ndarray:
+    """Of what is affine in rows (..., 2)."""
+    two, three = of_two_and_three[..., 0], of_two_and_three[..., 1]
+    return np.stack([2 * two - three, two], axis=-1)
+
+
+def _back(found: Pass) -> Pass:
+    return Pass(*(_one_and_two(x) for x in (found.alive, found.inside, found.traffic, found.count)))
 
 
 _Recorded = tuple[list[int], list[float], int]

@@ -3,6 +3,7 @@ defaults. Where a paper leaves a value open, the field's comment says whose it i
 """
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 from riverrun.kernels.common.memory_rule import Rule
@@ -35,7 +36,7 @@ class NeuralMemoryOptions:
     feature_degree: int = 1  # keys and queries become their powers up to this one, by learnable factors from 1 / i!
     chunk_size: int = 16  # b, tokens whose gradients are taken at the same weights; 1: the online rule
     read: Literal["after", "before", "chunk"] = "after"
-    gates: Literal["head", "layer", "channel"] = "head"  # a gate a head; of each layer; of each output, by low rank
+    gates: Literal["head", "layer", "channel"] = "head"  # one a head; one a layer too; one for each output, by low rank
     gate_rank: int = 32  # of "channel" (Miras: 32 or 64)
     half_life: float = 256.0  # tokens after which half is forgotten, at first; sigmoid(0) would leave nothing of 36
     momentum_init: float = 0.9  # η at first
@@ -59,7 +60,7 @@ class NeuralMemoryOptions:
         if self.gated:
             return (K, F), (K, F), (F, V)
         widths = [K, *[F] * (self.depth - 1), V]
-        return tuple(zip(widths[:-1], widths[1:]))
+        return tuple(pairwise(widths))
 
     @property
     def is_linear(self) -> bool:
@@ -180,7 +181,7 @@ class MonetaOptions(_MirasOptions):
 
 @dataclass(frozen=True)
 class YaadOptions(_MirasOptions):
-    """Yaad: a Huber loss whose threshold depends on the token."""
+    """Yaad: a Huber loss whose threshold depends on the token (by coordinates: see `Rule`)."""
 
     name: ClassVar[str] = "yaad"
 

@@ -63,5 +63,7 @@ def note_memory(
 
 
 def _add(name: str, value: torch.Tensor, count: torch.Tensor | None = None) -> None:
+    if type(value) is not torch.Tensor:  # one without memory, of those who look what a model allocates
+        return
     new = value.double(), torch.ones_like(value).double() if count is None else count.double()
     _sums[name] = [a + b for a, b in zip(_sums[name], new)] if name in _sums else list(new)

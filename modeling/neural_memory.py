@@ -53,7 +53,8 @@ class NeuralMemory(nn.Module):
         for name in self._gates():
             if self._per_output(name):
                 self.add_module(f"{name}_down", nn.Linear(hidden_size, o.gate_rank, bias=False))
-                ups = (nn.Linear(o.gate_rank, H * out, bias=False) for _, out in o.layer_sizes)
+                outs = [1] * (len(o.layer_sizes) - 1) + [D]  # the papers' gates have the width of the values
+                ups = (nn.Linear(o.gate_rank, H * out, bias=False) for out in outs)
                 self.add_module(f"{name}_up", nn.ModuleList(ups))
             else:
                 self.add_module(f"{name}_proj", nn.Linear(hidden_size, self._copies(name) * H, bias=False))
@@ -79,13 +80,15 @@ class NeuralMemory(nn.Module):
             from riverrun.modeling.parallel.neural_memory import context_neural_memory
 
             return context_neural_memory(layout.context, self, inputs, start)
-        place = layout.initial(states, "memory_place", torch.zeros(1, device=x.device))  # in an open chunk
+        place = None  # in an open chunk
+        if states:
+            place = layout.initial(states, "memory_place", torch.zeros(1, device=x.device))
         before = initial_state(layout, states, start)
         y, state = self.run(inputs, before, place, layout.cu_seqlens)
         if self.training and torch.is_grad_enabled():
             self._note(inputs, layout, before, state)
         if states is not None:
-            assert place is not None
+            place = x.new_zeros(layout.num_sequences, dtype=torch.float32) if place is None else place
             lengths = x.shape[1] if layout.cu_seqlens is None else layout.cu_seqlens.diff()
             states["memory_place"] = layout.last((place + lengths) % self.options.chunk_size)
             states.update({name: layout.last(part) for name, part in as_dict(state).items()})
@@ -252,7 +255,8 @@ class NeuralMemory(nn.Module):
         bias = at_least_fp32(getattr(self, f"{name}_bias"))
         if self._per_output(name):
             ups = getattr(self, f"{name}_up")
-            return [at_least_fp32(up(x)).unflatten(-1, (len(b), -1)) + b[:, None] for up, b in zip(ups, bias)]
+            logits = [at_least_fp32(up(x)).unflatten(-1, (len(b), -1)) + b[:, None] for up, b in zip(ups, bias)]
+            return [*(x.squeeze(-1) for x in logits[:-1]), logits[-1]]
         return list((at_least_fp32(x).unflatten(-1, bias.shape) + bias).unbind(-2))
 
     def _memory_gates(self, logits: Mapping[str, list[torch.Tensor]]) -> tuple[Gates, ...]:

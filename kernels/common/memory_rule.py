@@ -14,8 +14,9 @@ class Rule:
         read: "after": a token reads the memory it has written to (Titans, arXiv 2501.00663, eq. 15). "before": the one
             before it. "chunk": that at its chunk's start, as in LaCT (arXiv 2505.23884), which makes a chunk plain
             matrix products.
-        bias: the inner loss, of e = f(k) − v: "l2" ½‖e‖²; "dot" −⟨f(k), v⟩; "lp" Σ|e|^p / p; "huber" ½‖e‖² where
-            ‖e‖ ≤ δ, and δ‖e‖₁ beyond (Yaad, arXiv 2504.13173, §5.3).
+        bias: the inner loss, of e = f(k) − v: "l2" ½‖e‖²; "dot" −⟨f(k), v⟩; "lp" Σ|e|^p / p; "huber" Huber's,
+            each coordinate's gradient cut to ±δ. Yaad (arXiv 2504.13173, §5.3) changes from e to δ sign(e) for whole
+            tokens, by ‖e‖ ≤ δ, so that at the edge rounding decides about the whole step.
         p: of "lp".
         activation: φ between the layers.
         residual: f(x) = x + … .

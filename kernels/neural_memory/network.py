@@ -65,8 +65,7 @@ def residual_gradient(rule: Rule, f: torch.Tensor, v: torch.Tensor, delta: torch
         return e * (e.square() + EPS) ** (rule.p / 2 - 1)
     if rule.bias == "huber":
         assert delta is not None
-        near = e.norm(dim=-1, keepdim=True) <= delta[..., None]
-        return torch.where(near, e, delta[..., None] * e * (e.square() + EPS).rsqrt())
+        return e.clamp(-delta[..., None], delta[..., None])
     return e
 
 

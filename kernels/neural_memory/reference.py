@@ -27,20 +27,18 @@ def inner_loss(
     v: torch.Tensor,
     delta: torch.Tensor | None,
 ) -> torch.Tensor:
-    """ℓ (n, H) at k (n, H, 1, K), v (n, H, 1, V), delta (n, H, 1)."""
+    """ℓ (n, H) at k (n, H, 1, K), v (n, H, 1, V), delta (n, H)."""
     f = read(rule, len(weights), k, norm_weight, lambda layer, x: x @ weights[layer])
     if rule.bias == "dot":
         return -(f * v).sum((-2, -1))
     e = f - v
     if rule.bias == "lp":
         return ((e.square() + EPS) ** (rule.p / 2)).sum((-2, -1)) / rule.p
-    square = e.square().sum((-2, -1)) / 2
     if rule.bias == "l2":
-        return square
+        return e.square().sum((-2, -1)) / 2
     assert delta is not None
-    delta = delta.squeeze(-1)
-    absolute = (e.square() + EPS).sqrt().sum((-2, -1))
-    return torch.where(e.norm(dim=(-2, -1)) <= delta, square, delta * absolute)
+    size, delta = e.abs(), delta[..., None, None]
+    return torch.where(size <= delta, e.square() / 2, delta * (size - delta / 2)).sum((-2, -1))
 
 
 def neural_memory_reference(

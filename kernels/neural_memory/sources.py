@@ -42,8 +42,7 @@ def with_window(
     # every sequence's past lies behind all tokens
     start_of_past = bounds[-1] + torch.arange(len(length), device=device) * halo
 
-    active = torch.tensor(chunks.active, device=device)
-    step = torch.repeat_interleave(torch.arange(len(active), device=device), active)
+    step = torch.cat([torch.full((n,), s, device=device) for s, n in enumerate(chunks.active)])
     sequence = torch.cat([chunks.order[:n] for n in chunks.active])  # (M,)
     begin = step * chunks.size if skip is None else step * chunks.size - skip[sequence]
     offset = begin[:, None] + torch.arange(-halo, chunks.size, device=device)  # (M, s), from the sequence's first token
