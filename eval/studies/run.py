@@ -13,6 +13,7 @@ from riverrun.eval.studies.scoring import Accuracy
 from riverrun.eval.studies.task import Task
 from riverrun.eval.studies.tasks import make_task
 from riverrun.modeling.config import RiverrunConfig
+from riverrun.modeling.memory_options import MEMORY_OPTIONS
 from riverrun.modeling.mixer_options import OPTIONS
 from riverrun.modeling.model import RiverrunForCausalLM
 from riverrun.modeling.options import ModelOptions
@@ -25,7 +26,7 @@ SMALL: dict[str, dict[str, int]] = {
     "mamba2": {"head_dim": HEAD_DIM, "state_size": STATE_SIZE},
     "gated_delta": {"head_dim": HEAD_DIM},
     "prefix_linear_attention": {"head_dim": HEAD_DIM, "encoder": False},  # no task reads a prefix
-} | {name: {"head_dim": HEAD_DIM} for name in ("slstm", "lstm", "gru", "elman")}
+} | {name: {"head_dim": HEAD_DIM} for name in ("slstm", "lstm", "gru", "elman", *MEMORY_OPTIONS)}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ f⁻ a row late,
 
     (I + G⁻ ∘ K Kᵀ) E = β⁻ K A + f⁻ K S − V
 
-Chunks follow each other; under autograd they are recomputed in groups of about the square root of their number.
+Chunks follow each other; under autograd many of them are recomputed in groups of the square root of their number.
 """
 
 from collections.abc import Callable
@@ -31,6 +31,7 @@ from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Weights
 from riverrun.kernels.neural_memory.sources import Sources, with_window
 
 ONLINE_CHUNK = 64
+FEW = 8  # chunks whose products are kept for the backward pass, sooner than computed again
 
 
 class _Running(NamedTuple):
@@ -163,7 +164,7 @@ def _walk(
     outputs, ended = [], []
     for start in range(0, num_steps, size):
         steps = range(start, min(start + size, num_steps))
-        if torch.is_grad_enabled() and num_steps > 1:
+        if torch.is_grad_enabled() and num_steps > FEW:
             o, e, running = checkpoint(group, steps, running, use_reentrant=False, preserve_rng_state=False)
         else:
             o, e, running = group(steps, running)

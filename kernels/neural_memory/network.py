@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from riverrun.kernels.common.memory_rule import Rule
+from riverrun.kernels.neural_memory.gated import activate, gated, gated_gradients, slope
 from riverrun.kernels.neural_memory.rule import Weights
 
 EPS = 1e-6  # of the norm, and of where |e| is smooth
@@ -44,10 +45,10 @@ def learn(
     if rule.gated:
         gate, up = before[:2]
         back = product(gradient, weights[2].mT)
-        return inputs, [back * up * _slope(rule, gate), back * _activation(rule, gate), gradient]
+        return inputs, [*gated_gradients(back, gate, up, rule.activation), gradient]
     gradients = [gradient]
     for layer in reversed(range(len(weights) - 1)):
-        gradients.append(product(gradients[-1], weights[layer + 1].mT) * _slope(rule, before[layer]))
+        gradients.append(product(gradients[-1], weights[layer + 1].mT) * slope(before[layer], rule.activation))
     return inputs, gradients[::-1]
 
 
@@ -98,10 +99,10 @@ def orthogonalise(x: torch.Tensor, steps: int) -> torch.Tensor:
 def _hidden(rule: Rule, num_layers: int, x: torch.Tensor, apply: Apply) -> list[torch.Tensor]:
     """The inputs of all layers; the last layer is left to be applied."""
     if rule.gated:
-        return [x, x, _activation(rule, apply(0, x)) * apply(1, x)]
+        return [x, x, gated(apply(0, x), apply(1, x), rule.activation)]
     inputs = [x]
     for layer in range(num_layers - 1):
-        inputs.append(_activation(rule, apply(layer, inputs[-1])))
+        inputs.append(activate(apply(layer, inputs[-1]), rule.activation))
     return inputs
 
 
@@ -118,15 +119,3 @@ def _norm_gradient(u: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     unit = centred * inverse
     gradient = gradient - gradient.mean(-1, keepdim=True) - unit * (gradient * unit).mean(-1, keepdim=True)
     return inverse * gradient
-
-
-def _activation(rule: Rule, z: torch.Tensor) -> torch.Tensor:
-    return F.gelu(z) if rule.activation == "gelu" else F.silu(z)
-
-
-def _slope(rule: Rule, z: torch.Tensor) -> torch.Tensor:
-    """φ'(z)."""
-    if rule.activation == "silu":
-        s = z.sigmoid()
-        return s * (1 + z * (1 - s))
-    return 0.5 * (1 + torch.erf(z * 0.5**0.5)) + z * torch.exp(-0.5 * z.square()) * (0.5 / torch.pi) ** 0.5
