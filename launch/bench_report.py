@@ -12,9 +12,19 @@ from riverrun import __version__
 from riverrun.kernels.benchmarks.benchmark import Benchmark, Case
 from riverrun.kernels.benchmarks.run import Result
 from riverrun.kernels.benchmarks.timing import Time
+from riverrun.train.config import LogConfig
+from riverrun.train.metrics import peak_flops
 
 PROTOCOL = "docs/benchmark-protocol.md"
-PEERS = ("flash-linear-attention", "mamba_ssm", "causal-conv1d", "liger-kernel", "pararnn", "flashrnn")
+PEERS = (
+    "flash-linear-attention",
+    "titans-pytorch",
+    "mamba_ssm",
+    "causal-conv1d",
+    "liger-kernel",
+    "pararnn",
+    "flashrnn",
+)
 
 
 class Grid(NamedTuple):
@@ -71,6 +81,23 @@ class Report:
         same = [c.name for c in self.benchmark.contenders(self.case) if c.same_maths]
         return {name: 1 - times[self.benchmark.products] / times[name] for name in same if name in times}
 
+    def speeds(self, regime: str) -> dict[str, dict[str, float]]:
+        """FLOP/s of contenders of the same maths by the op's own products, whatever a form recomputes: forward, and of
+        the layer, where forward and backward are three times as many. Empty of ops that do not count them."""
+        if self.benchmark.flops is None:
+            return {}
+        found, flops = dict[str, dict[str, float]](), self.benchmark.flops(self.case)
+        same = [c.name for c in self.benchmark.contenders(self.case) if c.same_maths]
+        for r in (r for r in self.results[regime] if r.name in same):
+            times = {"forward": (r.forward, flops), "layer": (r.layer, 3 * flops)}
+            found[r.name] = {what: n / (t.median / 1e3) for what, (t, n) in times.items() if t is not None}
+        return found
+
+    @property
+    def peak(self) -> float | None:
+        """FLOP/s of the device's matrix products, where it is known."""
+        return peak_flops(LogConfig(), self.case.device, "bf16" if self.case.dtype == torch.bfloat16 else "")
+
     def notes(self) -> list[str]:
         """What must be known to read the tables."""
         lines = []
@@ -84,6 +111,12 @@ class Report:
             f"HBM floor: {self.benchmark.formula}, at the {self.bandwidth / 1e12:.2f} TB/s that a copy on the device "
             "reads and writes"
         )
+        if self.benchmark.flops is not None:
+            peak = "" if self.peak is None else f"; in brackets, the share of the device's {self.peak / 1e12:.0f}"
+            lines.append(
+                f"TFLOP/s: {self.benchmark.flops(self.case):.3g} FLOPs of a forward pass's matrix products, three "
+                f"times that with the backward pass, whatever is recomputed{peak}"
+            )
         lines.append(
             "times are medians in milliseconds, the layer's forward and backward together; × is the multiple of the "
             "first row's"
@@ -140,21 +173,28 @@ class Report:
 
     def _times(self, regime: str) -> Grid:
         results = self.results[regime]
-        first, rows = results[0], []
+        first, rows, speeds = results[0], [], self.speeds(regime)
+        extra = ("forward TFLOP/s", "layer TFLOP/s") if self.benchmark.flops is not None else ()
         for r in results:
             if not any((r.forward, r.backward, r.layer)):
                 continue
             cells = [r.name]
             for ours, theirs in ((first.forward, r.forward), (first.backward, r.backward), (first.layer, r.layer)):
                 cells += [_time(theirs), f"{theirs.median / ours.median:.2f}" if ours and theirs else "–"]
+            cells += [self._speed(speeds.get(r.name, {}).get(column.split()[0])) for column in extra]
             rows.append((*cells, "–" if r.first_call is None else f"{r.first_call:.1f}"))
         forward, backward = self.floor(self.case)
         floor = ["HBM floor"]
         for ours, least in ((first.forward, forward), (first.backward, backward)):
             floor += [f"{least:.3f}", f"{least / ours.median:.2f}" if ours else "–"]
-        rows.append((*floor, "–", "–", "–"))
-        columns = ("contender", "forward", "×", "backward", "×", "layer", "×", "first call")
+        rows.append((*floor, "–", "–", *("–" for _ in extra), "–"))
+        columns = ("contender", "forward", "×", "backward", "×", "layer", "×", *extra, "first call")
         return Grid(f"Time, {regime}", columns, rows)
+
+    def _speed(self, flops: float | None) -> str:
+        if flops is None:
+            return "–"
+        return f"{flops / 1e12:.2f}" + ("" if self.peak is None else f" ({flops / self.peak:.1%})")
 
     def _costs(self, regime: str) -> Grid:
         measured = [r for r in self.results[regime] if r.first_call is not None]
@@ -220,8 +260,10 @@ def _document(report: Report) -> dict[str, Any]:
         "cold_caches": report.cold,
         "environment": report.environment(),
         "copy_bandwidth": report.bandwidth,
+        "peak_flops": report.peak,
         "regimes": {
-            regime: results(report.case, found) | {"recurrence_and_glue": report.shares(regime)}
+            regime: results(report.case, found)
+            | {"recurrence_and_glue": report.shares(regime), "flops_per_second": report.speeds(regime)}
             for regime, found in report.results.items()
         },
         "sweeps": {axis: [results(*point) for point in sweep] for axis, sweep in report.sweeps.items()},

@@ -116,6 +116,7 @@ class _TitansBlockOptions(NeuralMemoryOptions):
 
     rope: bool = True
     rope_theta: float = 10_000.0
+    output_gate: bool = False  # of MAG and MAC the memory is the gate
 
     def problems(self, hidden_size: int) -> list[str]:
         found = super().problems(hidden_size)
@@ -141,6 +142,8 @@ class TitansMALOptions(TitansMAGOptions):
     """Titans' memory as a layer before attention in a sliding window (MAL, §4.3)."""
 
     name: ClassVar[str] = "titans_mal"
+
+    output_gate: bool = True
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, s
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.memory_options import NeuralMemoryOptions
 from riverrun.modeling.memory_statistics import RECENT, note_gates, note_memory
+from riverrun.modeling.parallel.collectives import depend
 from riverrun.modeling.parallel.split import Plan, Split
 from riverrun.modeling.projection import project
 
@@ -74,24 +75,27 @@ class NeuralMemory(nn.Module):
 
         inputs = self.inputs(x, convolve)
         start = self.start(persistent)
-        if self.training and torch.is_grad_enabled():
-            note_gates(inputs.gates)
         if layout.context is not None:
             from riverrun.modeling.parallel.neural_memory import context_neural_memory
 
             return context_neural_memory(layout.context, self, inputs, start)
-        place = None  # in an open chunk
-        if states:
+        place = None
+        if states and "memory_place" in states:
             place = layout.initial(states, "memory_place", torch.zeros(1, device=x.device))
-        before = initial_state(layout, states, start)
-        y, state = self.run(inputs, before, place, layout.cu_seqlens)
+        before = initial_state(layout, states, start, place)
+        y, state = self.run(inputs, before, place, layout.cu_seqlens, resumable=states is not None)
         if self.training and torch.is_grad_enabled():
             self._note(inputs, layout, before, state)
         if states is not None:
             place = x.new_zeros(layout.num_sequences, dtype=torch.float32) if place is None else place
             lengths = x.shape[1] if layout.cu_seqlens is None else layout.cu_seqlens.diff()
-            states["memory_place"] = layout.last((place + lengths) % self.options.chunk_size)
+            # 1 to b tokens of the chunk that the last one is in: never 0, which is that of a row without any
+            states["memory_place"] = layout.last((place + lengths - 1) % self.options.chunk_size + 1)
             states.update({name: layout.last(part) for name, part in as_dict(state).items()})
+        if self.options.read == "chunk" and torch.is_grad_enabled():
+            # of sequences of one chunk nobody reads what is written, and ZeRO waits for every parameter's gradient
+            for x in (inputs.k, inputs.v, *(gate for layer in inputs.gates for gate in layer if gate is not None)):
+                y = depend(y, x)
         return y
 
     @property
@@ -121,8 +125,8 @@ class NeuralMemory(nn.Module):
         q, k, v = (t.unflatten(-1, (-1, o.head_dim)) for t in (q, k, v))
         logits = {name: self._logits(name, parts[name]) for name in self._gates()}
         return MemoryInputs(
-            self._features(q).to(v.dtype),
-            self._features(k).to(v.dtype),
+            self.features(q).to(v.dtype),
+            self.features(k).to(v.dtype),
             v,
             self._memory_gates(logits),
             F.softplus(logits["delta"][0]) if "delta" in logits else None,
@@ -137,11 +141,14 @@ class NeuralMemory(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
         chunk_size: int | None = None,
         heads: slice = slice(None),
+        resumable: bool = False,
     ) -> tuple[torch.Tensor, MemoryState]:
         """`neural_memory` of these weights, or of some heads' if the inputs are of those; `place` (S,): tokens that the
         open chunk of each sequence has."""
         q, k, v, gates, delta, gamma = inputs
         rule = self.options.rule
+        if chunk_size is None and self.training and torch.is_grad_enabled():
+            note_gates(gates)
         return neural_memory(
             q,
             k,
@@ -155,6 +162,7 @@ class NeuralMemory(nn.Module):
             initial_state=state,
             position=None if place is None else place.long(),
             cu_seqlens=cu_seqlens,
+            resumable=resumable,
         )
 
     def start(self, persistent: torch.Tensor | None) -> MemoryState:
@@ -216,13 +224,13 @@ class NeuralMemory(nn.Module):
         states = 2 if o.momentum else 1
         total = 0.0
         for i, (n, m) in enumerate(o.layer_sizes):
-            back = 1 if i else 0
+            back = 1 if i >= (2 if o.gated else 1) else 0
             reads = 1 if o.read == "chunk" else states
             total += 2 * n * m * (back + reads + states)
             if o.read != "chunk":
                 total += 2 * chunk * (n + m)
         if online:
-            total += 2 * chunk * (o.head_dim + o.feature_dim)
+            total += 2 * chunk * (o.head_dim + o.feature_dim) + 2 * o.momentum * o.feature_dim * o.head_dim
         if o.newton_schulz:
             for n, m in o.layer_sizes:
                 small, large = sorted((n, m))
@@ -292,7 +300,7 @@ class NeuralMemory(nn.Module):
             curvature = (1 + math.sqrt(o.chunk_size / o.feature_dim)) ** 2
         return 2 * (1 - eta) / (curvature * shares)
 
-    def _features(self, x: torch.Tensor) -> torch.Tensor:
+    def features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, H, head_dim) → unit length, or that of powers (B, T, H, degree · head_dim)."""
         x = _unit(at_least_fp32(x))
         if self.feature_scale is not None:
@@ -315,12 +323,20 @@ def as_dict(state: MemoryState) -> dict[str, torch.Tensor]:
     return {f"memory_{name}_{i}": t for name, part in parts if part is not None for i, t in enumerate(part)}
 
 
-def initial_state(layout: Layout, states: Mapping[str, torch.Tensor] | None, start: MemoryState) -> MemoryState:
-    """What the sequences start from, by the rows' states and `start` of one sequence."""
+def initial_state(
+    layout: Layout, states: Mapping[str, torch.Tensor] | None, start: MemoryState, place: torch.Tensor | None
+) -> MemoryState:
+    """What the sequences start from: the rows' states, or `start`, that of one sequence, where `place` (S,) is 0."""
 
     def part(name: str, fresh: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor | None, ...] | None:
         if fresh is None:
             return None
-        return tuple(layout.initial(states, f"memory_{name}_{i}", t) for i, t in enumerate(fresh))
+        found = [layout.initial(states, f"memory_{name}_{i}", t) for i, t in enumerate(fresh)]
+        if place is None:
+            return tuple(found)
+        return tuple(
+            torch.where(place.view(-1, *[1] * (new.dim() - 1)) > 0, old, new)  # type: ignore[arg-type]
+            for old, new in zip(found, fresh)
+        )
 
     return MemoryState(*(part(name, fresh) for name, fresh in start._asdict().items()))  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from riverrun.kernels.benchmarks.conv import CAUSAL_CONV1D
 from riverrun.kernels.benchmarks.head_rnn import HEAD_RNN
 from riverrun.kernels.benchmarks.linear import GATED_DELTA, SSD
 from riverrun.kernels.benchmarks.loss import LINEAR_CROSS_ENTROPY
+from riverrun.kernels.benchmarks.memory import NEURAL_MEMORY
 from riverrun.kernels.benchmarks.norm import GATED_RMS_NORM
 from riverrun.kernels.benchmarks.para import PARA_GRU, PARA_LSTM
 from riverrun.kernels.benchmarks.scan import DIAGONAL_SCAN
@@ -17,6 +18,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         HEAD_RNN,
         GATED_DELTA,
         SSD,
+        NEURAL_MEMORY,
         DIAGONAL_SCAN,
         CAUSAL_CONV1D,
         GATED_RMS_NORM,

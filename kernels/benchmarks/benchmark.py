@@ -91,10 +91,11 @@ class Benchmark:
             written at least, and `formula`, the same in words.
         sequences: the inputs with axes (B, T, …), which are cut where the reference would take too long.
         variants: the choices of `Case.variant`, the first being the default.
-        width, heads: D and H where nothing else is asked for; H may follow from D.
+        width, heads: D and H where nothing else is asked for; H may follow from D and the variant.
         head_counts: the H of the sweep over heads of that width in all; empty: there is none.
         products: of a layer, the contender that does its matrix products alone: the rest of the layer's time is that of
             the recurrence, and of what glues all together.
+        flops: of the matrix products of a forward pass, where they are what the op's time goes to.
     """
 
     name: str
@@ -108,9 +109,10 @@ class Benchmark:
     sequences: tuple[str, ...] = ("x", "gates")
     variants: tuple[str, ...] = ()
     width: int = 2048
-    heads: int | Callable[[int], int] = 8
+    heads: int | Callable[[int, str], int] = 8
     head_counts: tuple[int, ...] = ()
     products: str = ""
+    flops: Callable[[Case], float] | None = None
 
-    def heads_of(self, width: int) -> int:
-        return self.heads(width) if callable(self.heads) else self.heads
+    def heads_of(self, width: int, variant: str) -> int:
+        return self.heads(width, variant) if callable(self.heads) else self.heads

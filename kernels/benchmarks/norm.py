@@ -80,5 +80,5 @@ GATED_RMS_NORM = Benchmark(
     formula="forward x + gate + y = 3 numbers an element; backward x + gate + dL/dy + dx + dgate = 5",
     sequences=("x", "gate"),
     variants=tuple(NORM_FIRST),
-    heads=lambda width: max(1, width // HEAD),
+    heads=lambda width, variant: max(1, width // HEAD),
 )

@@ -13,6 +13,7 @@ from riverrun.kernels.neural_memory.chunked import neural_memory_chunked
 from riverrun.kernels.neural_memory.network import read, weights_of
 from riverrun.kernels.neural_memory.reference import neural_memory_reference
 from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Weights, fresh_state
+from riverrun.kernels.neural_memory.triton_path import kind_of, neural_memory_triton
 
 __all__ = ["Gates", "MemoryState", "Rule", "fresh_state", "neural_memory", "read_memory"]
 
@@ -31,6 +32,7 @@ def neural_memory(
     initial_state: MemoryState | None = None,
     position: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    resumable: bool = True,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, MemoryState]:
     """Each token takes a step down the gradient of ℓ(f(k), v) in the weights of f, and reads f(q).
@@ -54,11 +56,14 @@ def neural_memory(
         initial_state: what the S sequences start from instead of `weights`.
         position: (S,) integers, how many tokens of each sequence `initial_state` has seen; None: none, or whole chunks.
         cu_seqlens: (N + 1,) integers rising from 0 to T: the bounds of documents packed into a batch of one row.
-        backend: "auto", "reference", "chunked" or "triton" (see `resolve_backend`).
+        resumable: whether a later call is to go on from the returned state; else its `anchor` says nothing. Triton's
+            kernels for chunks of more than one token need to know: of packed documents they leave no such state.
+        backend: "auto", "reference", "chunked" or "triton" (see `resolve_backend`). Triton has linear memories and
+            those of two layers, with an ℓ2 loss and gates of heads or layers, in chunks of 16 to 64 tokens, or online.
 
     Returns:
-        o (B, T, H, V) in the dtype of `q`, and the state of every sequence after it. Any split of a sequence into calls
-        gives the same.
+        o (B, T, H, V) in the dtype of `q`, and the state of every sequence after it. Any split of a sequence into
+        resumable calls gives the same.
 
     Raises:
         ValueError: an argument of the wrong shape or one that the rule misses or does not know, a rule that contradicts
@@ -66,13 +71,25 @@ def neural_memory(
     """
     layers = tuple(gates for _ in weights) if isinstance(gates, Gates) else tuple(gates)
     _check(q, k, v, weights, layers, rule, norm_weight, delta, gamma, initial_state, position, cu_seqlens)
-    resolve_backend("neural_memory", backend, q, q.shape[1])
+    goes_on = position is not None and rule.chunk_size > 1  # maybe in the middle of a chunk, where kernels do not begin
+    leaves = resumable and rule.chunk_size > 1 and cu_seqlens is not None
+    has_triton = (
+        q.shape[1] > 1 and not goes_on and not leaves and kind_of(weights, layers, rule, norm_weight) is not None
+    )
+    if backend == "triton" and not has_triton:
+        raise ValueError(
+            "neural_memory: there is no Triton kernel for this rule, these sizes, a single token, packed documents "
+            "that are to be gone on with, or a start within a chunk; use backend='auto' or 'chunked'"
+        )
+    chosen = resolve_backend("neural_memory", backend, q, q.shape[1], has_triton=has_triton)
     with torch.autocast(q.device.type, enabled=False):
         if initial_state is None:
             sequences = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
             momentum = layers[0].log_momentum is not None
             weights = tuple(w.to(torch.promote_types(q.dtype, torch.float32)) for w in weights)
             initial_state = fresh_state(weights, sequences, rule, momentum, v.shape[-1])
+        if chosen == "triton":
+            return neural_memory_triton(q, k, v, initial_state, layers, rule, norm_weight, cu_seqlens, resumable)
         # a single token is a chunk of its own, sooner than a step of the loop, which asks autograd for its gradient
         run = neural_memory_reference if backend == "reference" else neural_memory_chunked
         return run(q, k, v, initial_state, layers, rule, norm_weight, delta, gamma, position, cu_seqlens)

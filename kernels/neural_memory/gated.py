@@ -68,4 +68,5 @@ class _Gradients(torch.autograd.Function):
     def backward(ctx: Any, by_a: torch.Tensor, by_c: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         from riverrun.kernels.neural_memory.triton_gated import run_second
 
-        return *run_second(by_a, by_c, *ctx.saved_tensors, ctx.activation), None
+        grad, a, c = ctx.saved_tensors
+        return *run_second(by_a, by_c, grad, a, c, ctx.activation), None

@@ -18,9 +18,10 @@ def bench(
     op: Annotated[
         str,
         typer.Argument(
-            help="A kernel: para_gru, para_lstm, head_rnn, gated_delta, ssd, diagonal_scan, causal_conv1d, "
-            "gated_rms_norm or linear_cross_entropy; or a whole layer: mamba2_layer or gated_delta_layer; "
-            "prefix_linear_attention beside attention; or mixers: a layer of each mixer beside one of attention.",
+            help="A kernel: para_gru, para_lstm, head_rnn, gated_delta, ssd, neural_memory, diagonal_scan, "
+            "causal_conv1d, gated_rms_norm or linear_cross_entropy; or a whole layer: mamba2_layer, gated_delta_layer "
+            "or titans_lmm_layer; prefix_linear_attention beside attention; or mixers: a layer of each mixer beside "
+            "one of attention.",
             show_default=False,
         ),
     ],
@@ -35,9 +36,10 @@ def bench(
         str | None,
         typer.Option(
             help="lstm, slstm, gru or elman of head_rnn; n=1, n=2, n=3 or 'n=1 V=2K' of gated_delta (its layer: n=1, "
-            "n=2); N=128, N=16, N=64 or N=256 of ssd; real or complex of diagonal_scan; rows or documents of "
-            "causal_conv1d; 'after gate' or 'before gate, heads' of gated_rms_norm; the vocabulary of "
-            "linear_cross_entropy. Default: the first."
+            "n=2); N=128, N=16, N=64 or N=256 of ssd; linear, 'linear b=64', 'two layers', 'two layers b=16' or "
+            "'chunk 2048' of neural_memory; real or complex of diagonal_scan; rows or documents of causal_conv1d; "
+            "'after gate' or 'before gate, heads' of gated_rms_norm; the vocabulary of linear_cross_entropy. Default: "
+            "the first."
         ),
     ] = None,
     dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of gates, inputs and outputs.")] = "bf16",
@@ -89,20 +91,21 @@ def bench(
     if op not in benchmarks:
         raise ValueError(f"there is no benchmark of {op!r}; choose one of {', '.join(benchmarks)}")
     benchmark = benchmarks[op]
-    width = width or benchmark.width
-    heads = heads or benchmark.heads_of(width)
-    if width % heads:
-        raise ValueError(f"--width {width} is not divisible by --heads {heads}")
     if variant is not None and variant not in benchmark.variants:
         fix = f"choose one of {', '.join(benchmark.variants)}" if benchmark.variants else "leave --variant out"
         raise ValueError(f"{op} has no variant {variant!r}; {fix}")
+    variant = variant or next(iter(benchmark.variants), "")
+    width = width or benchmark.width
+    heads = heads or benchmark.heads_of(width, variant)
+    if width % heads:
+        raise ValueError(f"--width {width} is not divisible by --heads {heads}")
     if sweep_min > sweep_max:
         raise ValueError(f"--sweep-min {sweep_min} is more than --sweep-max {sweep_max}")
     where = resolve_device(device)
     if where.index is not None:
         torch.cuda.set_device(where)
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    case = Case(batch, seq_len, width, heads, types[dtype], where, variant or next(iter(benchmark.variants), ""))
+    case = Case(batch, seq_len, width, heads, types[dtype], where, variant)
     names = tuple(name.strip() for name in only.split(",") if name.strip())
     select(benchmark.contenders(case), names)  # a wrong name is told at once
     folder = out_dir or Path("bench", op)

@@ -1,10 +1,12 @@
-"""`riverrun bench mamba2_layer` and `gated_delta_layer`: whole mixers, from the layer's input to its output.
+"""`riverrun bench mamba2_layer`, `gated_delta_layer`, `titans_lmm_layer`: whole mixers, from the layer's input to its
+output.
 
 The truth that errors are measured against is the mixer itself in float64, which takes the ops' chunked forms; these are
 tested against the step loops.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from riverrun.kernels.benchmarks.benchmark import Benchmark, Case, Contender, Inputs, Load, Unavailable, Work
 from riverrun.modeling.layout import Layout, rotary_tables
+from riverrun.modeling.memory_options import TitansLMMOptions
 from riverrun.modeling.mixer_options import AttentionOptions, GatedDeltaOptions, Mamba2Options
-from riverrun.modeling.mixers import Attention, GatedDelta, Mamba2, Mixer
+from riverrun.modeling.mixers import Attention, GatedDelta, Mamba2, Mixer, TitansLMM
 from riverrun.modeling.projection import project
 
 STEPS = {"n=1": 1, "n=2": 2}
@@ -35,6 +38,10 @@ def gated_delta(case: Case) -> Mixer:
     K, n = case.D // case.H, STEPS[case.variant]
     options = GatedDeltaOptions(num_heads=case.H, head_dim=K, expand_v=1.0, num_householder=n)
     return GatedDelta(options, case.D, NORM_EPS)
+
+
+def titans_lmm(case: Case) -> Mixer:
+    return TitansLMM(TitansLMMOptions(num_heads=case.H, head_dim=case.D // case.H), case.D, NORM_EPS)
 
 
 def fresh(make: Make, case: Case) -> Mixer:
@@ -239,6 +246,20 @@ def gated_delta_contenders(case: Case) -> list[Contender]:
     ]
 
 
+def titans_lmm_contenders(case: Case) -> list[Contender]:
+    return [
+        Contender("riverrun auto", ours(titans_lmm)),
+        products(titans_lmm),
+        Contender(
+            "riverrun gated_delta",
+            with_its_own(lambda case: gated_delta(replace(case, variant="n=1"))),
+            "other maths: our gated delta layer of the same heads",
+            same_maths=False,
+        ),
+        ATTENTION,
+    ]
+
+
 # the benchmarks
 
 
@@ -267,13 +288,20 @@ MAMBA2_LAYER = _benchmark(
     "mamba2_layer",
     mamba2,
     contenders=mamba2_contenders,
-    heads=lambda D: max(1, Mamba2Options.expand * D // Mamba2Options.head_dim),
+    heads=lambda D, variant: max(1, Mamba2Options.expand * D // Mamba2Options.head_dim),
 )
 
 GATED_DELTA_LAYER = _benchmark(
     "gated_delta_layer",
     gated_delta,
     contenders=gated_delta_contenders,
-    heads=lambda D: max(1, D // GatedDeltaOptions.head_dim),
+    heads=lambda D, variant: max(1, D // GatedDeltaOptions.head_dim),
     variants=tuple(STEPS),
+)
+
+TITANS_LMM_LAYER = _benchmark(
+    "titans_lmm_layer",
+    titans_lmm,
+    contenders=titans_lmm_contenders,
+    heads=lambda D, variant: max(1, D // TitansLMMOptions.head_dim),
 )

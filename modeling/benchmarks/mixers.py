@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from riverrun.kernels.benchmarks.benchmark import Benchmark, Case, Contender
 from riverrun.modeling.benchmarks.layers import NORM_EPS, Make, gated_delta, hidden, mamba2, with_its_own
+from riverrun.modeling.memory_options import MEMORY_OPTIONS
 from riverrun.modeling.mixer_options import (
     AttentionOptions,
     LSTMOptions,
@@ -12,7 +13,7 @@ from riverrun.modeling.mixer_options import (
     ParaLSTMOptions,
     SLSTMOptions,
 )
-from riverrun.modeling.mixers import LSTM, SLSTM, Attention, Mixer, ParaGRU, ParaLSTM
+from riverrun.modeling.mixers import LSTM, MIXERS, SLSTM, Attention, Mixer, ParaGRU, ParaLSTM
 
 HEAD_DIM, WINDOW, BLOCKS = 128, 4096, 8
 
@@ -22,7 +23,7 @@ def attention(case: Case, window: int | None = None) -> Mixer:
     return Attention(options.resolve(case.D), case.D, NORM_EPS)
 
 
-MIXERS: dict[str, tuple[Make, str]] = {
+LAYERS: dict[str, tuple[Make, str]] = {
     "attention": (attention, "causal, rotary, over all tokens before"),
     f"attention, window of {WINDOW:,}": (lambda case: attention(case, WINDOW), "causal, rotary"),
     "mamba2": (
@@ -50,11 +51,24 @@ MIXERS: dict[str, tuple[Make, str]] = {
 }
 
 
+def memory(name: str) -> Contender:
+    """A mixer with a neural memory."""
+    o = MEMORY_OPTIONS[name]()
+    return Contender(
+        name,
+        with_its_own(lambda case: MIXERS[name](o.resolve(case.D), case.D, NORM_EPS)),
+        f"as a layer: memories of {o.depth} layers, heads of {o.head_dim}, chunks of {o.chunk_size}",
+        same_maths=False,
+        min_len=o.chunk_size + 1 if o.read == "chunk" else 1,  # what the first chunk writes is not read in it
+    )
+
+
 def contenders(case: Case) -> list[Contender]:
-    return [
+    found = [
         Contender(name, with_its_own(make), f"as a layer: {note}", same_maths=False)
-        for name, (make, note) in MIXERS.items()
+        for name, (make, note) in LAYERS.items()
     ]
+    return [*found, *map(memory, MEMORY_OPTIONS)]
 
 
 ALL_MIXERS = Benchmark(
@@ -67,5 +81,5 @@ ALL_MIXERS = Benchmark(
     backward_numbers=lambda case: 3,
     formula="forward x and the output; backward x, dL/d output and dx (the matrix products take longer)",
     sequences=("hidden",),
-    heads=lambda D: max(1, D // HEAD_DIM),
+    heads=lambda D, variant: max(1, D // HEAD_DIM),
 )

@@ -95,5 +95,5 @@ PREFIX_LINEAR_ATTENTION = Benchmark(
     "gradients (features and products take longer)",
     sequences=("q", "k", "v", "encoder_k", "encoder_v"),
     width=1024,
-    heads=lambda D: max(1, D // DEFAULTS.head_dim),
+    heads=lambda D, variant: max(1, D // DEFAULTS.head_dim),
 )

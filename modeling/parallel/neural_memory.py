@@ -111,7 +111,8 @@ def _handed_on(context: Context, memory: "NeuralMemory", inputs: "MemoryInputs",
     parts = iter(split[:-1])
     place = split[-1][:, 0].detach()
     y, end = memory.run(
-        inputs, _each(start, lambda x: next(parts).view(S, *x.shape[1:])), place, cu_seqlens=context.cu_seqlens
+        inputs, _each(start, lambda x: next(parts).view(S, *x.shape[1:])), place, cu_seqlens=context.cu_seqlens,
+        resumable=True,
     )  # fmt: skip
     if any(context.goes_on):
         lengths = context.shape[1] if context.cu_seqlens is None else context.cu_seqlens.diff()

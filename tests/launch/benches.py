@@ -17,7 +17,9 @@ RNNS = [("para_gru", ""), ("para_lstm", ""), *(("head_rnn", cell) for cell in BE
 LOSS = [("linear_cross_entropy", "32768")]
 MEMORY_BOUND = [(op, v) for op in ("diagonal_scan", "causal_conv1d", "gated_rms_norm") for v in BENCHMARKS[op].variants]
 LINEAR = [(op, variant) for op in ("ssd", "gated_delta") for variant in BENCHMARKS[op].variants]
-WHOLE = [("mamba2_layer", ""), *(("gated_delta_layer", steps) for steps in LAYERS["gated_delta_layer"].variants)]
+MEMORY = [("neural_memory", variant) for variant in BENCHMARKS["neural_memory"].variants]
+WITH_PEERS = [("mamba2_layer", ""), *(("gated_delta_layer", n) for n in LAYERS["gated_delta_layer"].variants)]
+WHOLE = [*WITH_PEERS, ("titans_lmm_layer", "")]
 ALL = BENCHMARKS | LAYERS
 
 

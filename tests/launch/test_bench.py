@@ -11,10 +11,12 @@ import torch
 
 from riverrun.kernels.benchmarks import BENCHMARKS, run
 from riverrun.kernels.benchmarks.benchmark import Contender, Unavailable, Work
+from riverrun.modeling.memory_options import MEMORY_OPTIONS
 from tests.launch.benches import (
     ALL,
     LINEAR,
     LOSS,
+    MEMORY,
     MEMORY_BOUND,
     RNNS,
     ROOT,
@@ -95,7 +97,7 @@ def test_every_mixer_beside_attention(tmp_path):
         "--batch",
         "1",
         "--seq-len",
-        "32",
+        "96",
         "--width",
         "128",
         "--device",
@@ -105,16 +107,18 @@ def test_every_mixer_beside_attention(tmp_path):
         "--repeats",
         "2",
     ]
-    result = invoke("mixers", *shape, "--sweep-min", "64", "--sweep-max", "64", "--keep-caches", "--out", tmp_path)
+    result = invoke("mixers", *shape, "--sweep-min", "128", "--sweep-max", "128", "--keep-caches", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     document = json.loads((tmp_path / "mixers.json").read_text())
     measured = document["regimes"]["fresh"]["contenders"]
     assert [c["name"].split(",")[0] for c in measured] == [
         "attention", "attention", "mamba2", "gated_delta", "gated_delta", "para_gru", "para_lstm", "lstm", "slstm",
+        *MEMORY_OPTIONS,
     ]  # fmt: skip
-    assert all(c["layer"]["median"] > 0 and not c["skipped"] for c in measured)
+    assert not [c["skipped"] for c in measured if c["skipped"]]
+    assert all(c["layer"]["median"] > 0 for c in measured)
     (point,) = document["sweeps"]["length"]
-    assert (point["case"]["B"], point["case"]["T"]) == (1, 64)
+    assert (point["case"]["B"], point["case"]["T"]) == (1, 128)
     assert all(c["backward"]["median"] > 0 for c in point["contenders"])
 
 
@@ -139,8 +143,8 @@ def test_head_rnn_of_one_cell_without_a_sweep(tmp_path):
         (
             ["mamba2"],
             "there is no benchmark of 'mamba2'; choose one of para_gru, para_lstm, head_rnn, gated_delta, ssd, "
-            "diagonal_scan, causal_conv1d, gated_rms_norm, linear_cross_entropy, mamba2_layer, gated_delta_layer, "
-            "prefix_linear_attention, mixers\n",
+            "neural_memory, diagonal_scan, causal_conv1d, gated_rms_norm, linear_cross_entropy, mamba2_layer, "
+            "gated_delta_layer, titans_lmm_layer, prefix_linear_attention, mixers\n",
         ),
         (["gated_delta_layer", "--variant", "n=3"], "gated_delta_layer has no variant 'n=3'; choose one of n=1, n=2\n"),
         (["mamba2_layer", "--variant", "n=1"], "mamba2_layer has no variant 'n=1'; leave --variant out"),
@@ -148,6 +152,17 @@ def test_head_rnn_of_one_cell_without_a_sweep(tmp_path):
         (["mixers", "--sweep-min", "64", "--sweep-max", "32"], "--sweep-min 64 is more than --sweep-max 32"),
         (["para_gru", "--width", "10", "--heads", "4"], "--width 10 is not divisible by --heads 4"),
         (["para_gru", "--variant", "lstm"], "para_gru has no variant 'lstm'; leave --variant out"),
+        (
+            ["neural_memory", "--variant", "deep"],
+            "neural_memory has no variant 'deep'; choose one of linear, linear b=64, two layers, two layers b=16, "
+            "chunk 2048\n",
+        ),
+        (["neural_memory", "--width", "10", "--heads", "4"], "--width 10 is not divisible by --heads 4"),
+        (
+            ["neural_memory", *TINY, "--only", "titans-torch"],
+            "no contender is called 'titans-torch'; choose among riverrun auto, riverrun chunked torch, fla, "
+            "titans-pytorch, torch SDPA\n",
+        ),
         (["head_rnn", "--variant", "gruu"], "head_rnn has no variant 'gruu'; choose one of lstm, slstm, gru, elman"),
         (["para_gru", *TINY, "--only", "cudnn"], "no contender is called 'cudnn'; choose among riverrun auto, "),
         (["para_gru", "--device", "cuda:99"], "device cuda:99 was asked for, but torch sees "),
@@ -177,13 +192,13 @@ assert not heavy, heavy
     assert all(op in done.stdout for op in ALL)
     assert all(
         v in done.stdout
-        for op in ("head_rnn", "gated_delta", "gated_delta_layer", "ssd", *dict(MEMORY_BOUND))
+        for op in ("head_rnn", "gated_delta", "gated_delta_layer", "ssd", "neural_memory", *dict(MEMORY_BOUND))
         for v in ALL[op].variants
     )
     assert all(f"`{op}`" in (ROOT / "docs" / "benchmark-protocol.md").read_text() for op in ALL)
 
 
-@pytest.mark.parametrize(("op", "cell"), RNNS + LINEAR + MEMORY_BOUND + LOSS + WHOLE)
+@pytest.mark.parametrize(("op", "cell"), RNNS + LINEAR + MEMORY + MEMORY_BOUND + LOSS + WHOLE)
 def test_every_form_of_ours_computes_the_op(op, cell):
     case = case_of(cell)
     for contender in ALL[op].contenders(case):

@@ -14,6 +14,7 @@ from riverrun.launch.bench_report import Report
 from riverrun.modeling.benchmarks import LAYERS
 from tests.launch.benches import (
     WHOLE,
+    WITH_PEERS,
     case_of,
     errors,
     invoke,
@@ -41,13 +42,16 @@ def test_a_layer_is_run_with_the_share_of_its_recurrence_and_glue(op, variant, t
     result = invoke(op, *options, *variants, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     document = json.loads((tmp_path / f"{op}.json").read_text())["regimes"]["fresh"]
-    assert document["case"]["H"] == {"mamba2_layer": 4, "gated_delta_layer": 1}[op]  # heads of 64 in 2 D, of 128 in D
+    assert document["case"]["H"] == (4 if op == "mamba2_layer" else 1)  # heads of 64 in 2 D, of 128 in D
     found = {c["name"]: c for c in document["contenders"]}
     for name in ("riverrun auto", "projections alone", "riverrun attention"):
         assert all(found[name][what]["median"] > 0 for what in ("forward", "backward", "layer")), name
         assert set(found[name]["error"]) == ({"output", "gradients"} if name == "riverrun auto" else set())
     assert found["riverrun auto"]["error"]["output"] < 2e-2
-    assert found["fla"]["skipped"] == "needs CUDA"
+    if op == "titans_lmm_layer":
+        assert found["riverrun gated_delta"]["layer"]["median"] > 0
+    else:
+        assert found["fla"]["skipped"] == "needs CUDA"
     share = 1 - found["projections alone"]["layer"]["median"] / found["riverrun auto"]["layer"]["median"]
     assert document["recurrence_and_glue"] == {"riverrun auto": pytest.approx(share)}
     line = f"recurrence and glue: {share:.0%} of the layer's time, riverrun auto"
@@ -105,7 +109,15 @@ def test_contenders_of_a_layer_share_its_parameters(op, variant):
     assert [x.data_ptr() for x in leaves] == [x.data_ptr() for x in inputs.values()]
     narrow = run.make_inputs(LAYERS[op], replace(case, dtype=torch.bfloat16), "fresh")
     wide = {name for name, x in narrow.items() if x.dtype == torch.float32}
-    assert wide == {"A_log", "dt_bias"} | ({"D"} if op == "mamba2_layer" else set())
+    decays = {"A_log", "dt_bias"}
+    assert (
+        wide
+        == {
+            "mamba2_layer": decays | {"D"},
+            "gated_delta_layer": decays,
+            "titans_lmm_layer": {f"memory.{gate}_bias" for gate in ("alpha", "eta", "theta")},
+        }[op]
+    )
 
 
 class TheirMamba2(torch.nn.Module):
@@ -194,7 +206,7 @@ LAYER_PACKAGES = {
 }
 
 
-@pytest.mark.parametrize(("op", "variant"), WHOLE)
+@pytest.mark.parametrize(("op", "variant"), WITH_PEERS)
 def test_peers_get_the_layers_parameters(op, variant):
     """Stand-ins with the packages' signatures and parameters; every gradient is compared with that of ours."""
     case = case_of(variant)

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from riverrun.modeling.config import RiverrunConfig
+from riverrun.modeling.memory_options import MEMORY_OPTIONS
 from riverrun.modeling.mixer_options import (
     OPTIONS,
     AttentionOptions,
@@ -92,6 +93,7 @@ def hybrid() -> ModelOptions:
         lstm=LSTMOptions(head_dim=16),
         gru=GRUOptions(head_dim=16),
         elman=ElmanOptions(head_dim=16),
+        **{name: options(num_heads=2, head_dim=8, gate_rank=4) for name, options in MEMORY_OPTIONS.items()},
     )
 
 
