@@ -5,7 +5,7 @@ far beyond what training has seen, and these heads have decays near 1, so that t
 Statistics are kept by head, since a mean over heads hides the few.
 
     norm       ‖h_t‖, Frobenius, over the state of the head; mixers without heads count as one. A stack of several
-               states (c, n, m, h of sLSTM) is taken as one vector.
+               states (c, n, m, h of sLSTM; the matrices of a neural memory) is taken as one vector.
     growth     ‖h_t‖ at the last position over that at the training length.
     retention  α_2 ⋯ α_t: the share of the first token's contribution to the state that is left, of mixers whose state
                decays by a scalar a head: mamba2, and gated_delta, where it is an upper bound (Householder steps erase
@@ -100,7 +100,8 @@ def head_norms(states: dict[str, torch.Tensor]) -> np.ndarray | None:
                 state = state.transpose(0, 1)
             flat = state.flatten(1) if state.dim() == 3 else state.reshape(1, -1)
             return flat.norm(dim=1).cpu().numpy()
-    return None
+    layers = [state[0].double().flatten(1) for name, state in states.items() if name.startswith("memory_weights_")]
+    return torch.cat(layers, dim=1).norm(dim=1).cpu().numpy() if layers else None
 
 
 @contextmanager

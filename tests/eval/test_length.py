@@ -17,6 +17,7 @@ from riverrun.eval.tasks import state_statistics
 from riverrun.launch.commands import length as commands
 from riverrun.modeling.cache import RiverrunCache
 from riverrun.modeling.config import RiverrunConfig
+from riverrun.modeling.memory_options import TitansLMMOptions
 from riverrun.modeling.mixer_options import AttentionOptions, GatedDeltaOptions, LSTMOptions, Mamba2Options
 from riverrun.modeling.model import RiverrunForCausalLM
 from riverrun.modeling.options import ModelOptions
@@ -346,3 +347,16 @@ def test_without_a_training_length_there_is_no_verdict(saved, store, tmp_path):
     result = invoke("length", "--model", saved, "--data", store, "--states", 0, "--out", tmp_path)
     assert result.exit_code == 0 and "cannot tell" in result.stdout and not (tmp_path / "states.png").exists()
     assert read_json(tmp_path / "results.json")["results"]["length"]["ratio,none"] is None
+
+
+def test_a_memory_is_measured_by_its_matrices():
+    options = ModelOptions(
+        vocab_size=11, hidden_size=16, num_hidden_layers=1, layer_pattern=("titans_lmm",),
+        titans_lmm=TitansLMMOptions(num_heads=2, head_dim=8, chunk_size=4),
+    )  # fmt: skip
+    model, cache = RiverrunForCausalLM(RiverrunConfig.from_options(options)).eval(), RiverrunCache(1)
+    with torch.no_grad():
+        model(torch.arange(7)[None], past_key_values=cache)
+    first, second = (cache.layers[0][f"memory_weights_{i}"][0].double() for i in range(2))
+    expected = (first.square().sum((1, 2)) + second.square().sum((1, 2))).sqrt()
+    np.testing.assert_allclose(state_statistics.head_norms(cache.layers[0]), expected.numpy())
