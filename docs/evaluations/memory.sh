@@ -33,7 +33,7 @@ base+=(data.train="$work/data/train" data.tokenizer="$tokenizer")
 model() {
   train "$1" "$limit" "$here/memory.toml" "${base[@]}" model.layer_pattern="[\"$1\"]" || return
   job "eval-$1" 150 "${riverrun[@]}" eval length --model "$work/$1" --data "$work/data/held_out" --concatenate \
-    --max-length "$length" --batch-size 8 --device "$device" --out "$OUT/$1/length"
+    --max-length "$length" --batch-size 8 --states 0 --device "$device" --out "$OUT/$1/length"
 }
 
 for mixer in "${mixers[@]}"; do model "$mixer" & done

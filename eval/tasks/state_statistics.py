@@ -160,7 +160,7 @@ def measure(
             for h in range(norm.shape[1])
         ]
     if not heads:
-        raise ValueError("this model has no recurrent state: none of its layers is recurrent")
+        raise ValueError("none of this model's layers is recurrent: --states 0 leaves their states out")
     reference = places.index(train_length) if train_length is not None and train_length <= end else None
     return StateStatistics(tuple(places), reference, len(rows), tuple(heads))
 

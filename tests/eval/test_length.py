@@ -268,7 +268,7 @@ def test_other_mixers_have_norms_only():
 
 def test_a_model_without_states_is_refused():
     attention = recurrent(attention=AttentionOptions(num_heads=2, num_kv_heads=1, head_dim=4))
-    with pytest.raises(ValueError, match="no recurrent state"):
+    with pytest.raises(ValueError, match="layers is recurrent: --states 0"):
         state_statistics.measure(attention, [np.arange(9)], train_length=4, chunk_len=4)
     with pytest.raises(ValueError, match="documents with tokens"):
         state_statistics.measure(hybrid(), [], train_length=4, chunk_len=4)
