@@ -9,6 +9,7 @@ import torch
 from riverrun.modeling import attention_block
 from riverrun.modeling.attention_block import Block
 from riverrun.modeling.parallel import attention, collectives, ring
+from riverrun.modeling.persistent_attention import persistent_attention
 from tests.modeling.parallel import test_attention as rows
 from tests.ranks import Group
 
@@ -142,3 +143,17 @@ def nccl():
 def test_two_gpus(nccl, method, bounds, kv_heads):
     results = nccl.run(part, False, bounds, WINDOWS, method, HEADS, kv_heads, torch.bfloat16, LENGTH)
     assert_near(results, bounds, WINDOWS, kv_heads, LENGTH)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("persistent", [1, 4, 130])
+@pytest.mark.parametrize(("window", "documents"), [(None, None), (33, None), (33, DOCUMENTS)])
+def test_persistent_keys_by_flash(kv_heads, persistent, window, documents):
+    q, k, v, grad, _ = draw(kv_heads, 64, 256, 256, torch.bfloat16)
+    shown = torch.randn(2, kv_heads, persistent, 64, device="cuda").bfloat16().unbind()
+    bounds = None if documents is None else torch.tensor(documents, dtype=torch.int32, device="cuda")
+    attend = functools.partial(persistent_attention, window=window, cu_seqlens=bounds, longest=256)
+    got = rows.gradients(attend, [q, k, v, *shown], grad)
+    want = rows.gradients(attend, [t.double() for t in (q, k, v, *shown)], grad.double())
+    for g, w in zip(got, want, strict=True):
+        close(g, w)
