@@ -115,3 +115,17 @@ def test_transformers_imports_beside_our_kernels_folder():
         f"assert not str(getattr(module, '__file__', '')).startswith({str(ROOT)!r}), module\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_model_needs_no_triton_to_be_loaded():
+    """A CPU's torch may come without it, and exported models are loaded there too."""
+    code = (
+        "import sys\n"
+        "class Blocker:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'triton':\n"
+        "            raise ImportError('Triton is not installed here')\n"
+        "sys.meta_path.insert(0, Blocker())\n"
+        "import riverrun.modeling.model\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

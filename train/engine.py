@@ -364,6 +364,7 @@ def _build(model, optimizer, train, engine, ranks, accumulation, dtype) -> Any:
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.utils import groups as groups_of_deepspeed
+    from deepspeed.utils import set_z3_leaf_modules
 
     class Zero(DeepSpeedEngine):
         def _cast_module_mixed_precision(self, *_: Any) -> None:
@@ -377,6 +378,8 @@ def _build(model, optimizer, train, engine, ranks, accumulation, dtype) -> Any:
     model.to(ranks.device)
     for param in model.parameters():
         assert param.dtype == torch.float32, "the engine starts from fp32 weights"
+    if whole := list({type(m) for m in model.modules() if getattr(m, "fetched_whole", False)}):
+        set_z3_leaf_modules(model, whole)
     groups = optim.parameter_groups(model, optimizer)
     settings = _settings(optimizer, train, engine, ranks, accumulation)
     mpu = _ModelParallel(ranks.mesh) if ranks.mesh.tp.size > 1 else None

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 
-from riverrun.kernels.common.triton_chunks import cut
 from riverrun.kernels.diagonal_scan import diagonal_scan
 from riverrun.kernels.neural_memory.rule import Gates
 
@@ -97,6 +96,8 @@ def chunk_ends(gates: Gates, valid: torch.Tensor) -> ChunkGates:
 
 def triton_gates(gates: Gates, chunk_size: int, cu_seqlens: torch.Tensor | None) -> ChunkGates:
     """Of gates (B, T, H), for the chunks that Triton kernels count (`triton_chunks`). Nothing waits for the device."""
+    from riverrun.kernels.common.triton_chunks import cut
+
     B, T, H = gates.lr.shape
     chunks = cut(gates.lr, chunk_size, cu_seqlens)
     place = torch.arange(chunk_size, device=gates.lr.device)

@@ -7,7 +7,6 @@ import torch
 
 from riverrun.kernels.common.memory_rule import Rule
 from riverrun.kernels.neural_memory.chunked import ONLINE_CHUNK, is_exact_online, neural_memory_chunked
-from riverrun.kernels.neural_memory.gates import triton_gates
 from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Weights
 
 Kind = Literal["linear", "two layers"]
@@ -79,13 +78,13 @@ def _run(
     norm_weight: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, MemoryState]:
+    from riverrun.kernels.neural_memory.triton_gates import chunk_gates_triton
+
     read: Literal["after", "before"] = "before" if rule.read == "before" else "after"
     shared = all(layer is gates[0] for layer in gates)
     online = is_exact_online(rule, len(gates), norm_weight)
     size = ONLINE_CHUNK if online else rule.chunk_size
-    of_chunks = [
-        triton_gates(layer.each(torch.Tensor.float), size, cu_seqlens) for layer in gates[: 1 if shared else 2]
-    ]
+    of_chunks = [chunk_gates_triton(layer, size, cu_seqlens) for layer in gates[: 1 if shared else 2]]
     weights: Weights
     momentum: Weights | None
     if len(gates) == 1:

@@ -13,7 +13,7 @@ from riverrun.modeling.mixers.titans import TitansMAG, TitansMAL
 from riverrun.modeling.mixers.titans_mac import TitansMAC
 
 __all__ = [
-    "GRU", "LSTM", "MIXERS", "OPTIONS", "SLSTM", "Atlas", "Attention", "DeepTransformer", "Elman", "GatedDelta", "Mamba2",
-    "Memora", "Mixer", "Moneta", "OmegaNet", "ParaGRU", "ParaLSTM", "PrefixLinearAttention", "States", "TitansLMM",
-    "TitansMAC", "TitansMAG", "TitansMAL", "Yaad", "register",
+    "GRU", "LSTM", "MIXERS", "OPTIONS", "SLSTM", "Atlas", "Attention", "DeepTransformer", "Elman", "GatedDelta",
+    "Mamba2", "Memora", "Mixer", "Moneta", "OmegaNet", "ParaGRU", "ParaLSTM", "PrefixLinearAttention", "States",
+    "TitansLMM", "TitansMAC", "TitansMAG", "TitansMAL", "Yaad", "register",
 ]  # fmt: skip

@@ -26,6 +26,7 @@ class Mixer(nn.Module, ABC):
 
     tp: Axis = ALONE  # the ranks that share its heads or channels; its parameters are this rank's shards
     context_parallel = False  # `forward` heeds `layout.context`, where a row's tokens lie on several ranks
+    fetched_whole = False  # ranks call its children unlike often: ZeRO-3 must not gather parameters at each call
     traceable = False  # torch.compile traces `forward`; other mixers run eagerly inside a compiled block
 
     @abstractmethod

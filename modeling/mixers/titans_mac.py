@@ -48,6 +48,7 @@ class TitansMAC(TitansProjections):
     """
 
     context_parallel = False
+    fetched_whole = True
     options: TitansMACOptions
 
     def __init__(self, options: TitansMACOptions, hidden_size: int, norm_eps: float):

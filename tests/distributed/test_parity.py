@@ -80,3 +80,9 @@ def test_gradients_reduced_during_the_backward_pass(ranks, stage):
 @pytest.mark.parametrize("shape", MIXERS)
 def test_mixers(ranks, shape):
     assert_parity(ranks, shape, (4, 2, 2, 1, 1, True))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_memories_of_all_kinds(ranks, stage):
+    """Whose parameters are used outside of their modules' `forward`, which ZeRO-3 has to notice."""
+    assert_parity(ranks, "titans", (4, 1, 2, stage, 2, True))

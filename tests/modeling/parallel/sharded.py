@@ -5,7 +5,14 @@ from dataclasses import replace
 import torch
 
 from riverrun.modeling.config import RiverrunConfig
-from riverrun.modeling.memory_options import AtlasOptions, TitansLMMOptions, YaadOptions
+from riverrun.modeling.memory_options import (
+    AtlasOptions,
+    TitansLMMOptions,
+    TitansMACOptions,
+    TitansMAGOptions,
+    TitansMALOptions,
+    YaadOptions,
+)
 from riverrun.modeling.mixer_options import (
     AttentionOptions,
     ElmanOptions,
@@ -47,6 +54,10 @@ MEMORY = {"num_heads": 4, "head_dim": 4, "expand": 2, "chunk_size": 4, "gate_ran
 BASE = replace(
     BASE,
     titans_lmm=TitansLMMOptions(**MEMORY),
+    # without norms, which magnify rounding to more than training in fp32 is compared to
+    titans_mag=TitansMAGOptions(**MEMORY, attention_window=5, norm=False),
+    titans_mal=TitansMALOptions(**MEMORY, attention_window=5, norm=False),
+    titans_mac=TitansMACOptions(**MEMORY, segment=4, norm=False),
     yaad=YaadOptions(**MEMORY),
     atlas=AtlasOptions(**MEMORY, omega_window=3),
 )
@@ -73,6 +84,7 @@ SHAPES = {
     "titans_lmm linear, no momentum": of(
         "titans_lmm", titans_lmm=replace(BASE.titans_lmm, depth=1, chunk_size=1, momentum=False, num_persistent=0)
     ),
+    "titans": of("titans_mag", "titans_mal", "titans_mac"),
     "yaad": of("yaad"),
     "atlas": of("atlas"),
     "attention": of("attention"),

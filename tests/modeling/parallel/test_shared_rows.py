@@ -11,7 +11,7 @@ LINEAR = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "titans"])  # MAC cannot
 @pytest.mark.parametrize("bounds", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("cp", [2, 4])
 def test_ranks_that_share_rows_compute_as_one(ranks, shape, bounds, cp):
