@@ -11,6 +11,7 @@ from riverrun.launch.commands import (
     bench,
     bench_checkpoint,
     bench_context,
+    cola,
     compare,
     config,
     data,
@@ -98,6 +99,7 @@ evaluation.app.command("needle")(length.needle)
 evaluation.app.command("compare")(compare.compare)
 evaluation.app.command("repetition")(repetition.repetition)
 evaluation.app.command("jrt")(jrt.jrt)
+evaluation.app.command("cola")(cola.cola)
 app.add_typer(evaluation.app, name="eval", rich_help_panel=MODELS)
 app.command("study", rich_help_panel=MODELS)(study.study)
 app.command("report", rich_help_panel=MODELS)(report.report)

@@ -1,0 +1,257 @@
+"""CoLa as a task: a search for each question, and the two controls that tell what its numbers are worth.
+
+search    the chain that a tree search finds for a question. It sees the right answer, which makes it an upper bound: of
+          the chains that guess, some guess right.
+random    the same with random chains, as many as the search evaluates. What the search has over it is the search's.
+held_out  a chain for all questions of a kind: the tree search's best on one half of them (`simulations` chains, reward
+          the share of right answers), tested on the other half, and the other way round. Nothing of it saw the answer
+          that it is tested on.
+
+A chain that a search finds counts if it also answers right alone (see `answers`), the shortest one first.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from math import sqrt
+from pathlib import Path
+from random import Random
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+
+from riverrun.eval.depth_search.answers import CACHE_BYTES, Answer, Generation, Likelihood
+from riverrun.eval.depth_search.chains import Chain, Space
+from riverrun.eval.depth_search.models import Layers
+from riverrun.eval.depth_search.questions import Question, fingerprint
+from riverrun.eval.depth_search.search import Evaluate, TreeOptions, best, random_search, tree_search
+from riverrun.eval.models import LoadedModel
+from riverrun.eval.samples import Key, collect
+
+VERSION = 1
+REWARDS = ("likelihood", "generate")
+SEARCHES = {"search": tree_search, "random": random_search}
+HELD_OUT = "held_out"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is evaluated.
+
+    Attributes:
+        simulations, leaves, exploration, length_penalty: see `TreeOptions`.
+        reward: how a model answers, "likelihood" or "generate".
+        k, r: see `Space`.
+        new_tokens: of an answer that is generated, at most.
+
+    Raises:
+        ValueError: an unknown reward, or numbers that are too small.
+    """
+
+    simulations: int = 200
+    reward: str = "likelihood"
+    k: int = 4
+    r: int = 4
+    leaves: int = 8
+    exploration: float = sqrt(2)
+    length_penalty: float = 5.0
+    new_tokens: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.reward not in REWARDS:
+            raise ValueError(f"there is no reward {self.reward!r}: choose among {', '.join(REWARDS)}")
+        least = {"simulations": 2, "k": 1, "r": 1, "leaves": 1, "new_tokens": 1}
+        least |= {"exploration": 0, "length_penalty": 0}
+        for name, value in least.items():
+            if not getattr(self, name) >= value:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {value}")
+
+    @property
+    def tree(self) -> TreeOptions:
+        return TreeOptions(self.simulations, self.leaves, self.exploration, self.length_penalty)
+
+
+class Found(NamedTuple):
+    """A line of samples.jsonl: what a search found for a question.
+
+    Attributes:
+        base: whether the model as it is answers right.
+        chain: the shortest that does; empty if none was found.
+        right: whether one was.
+        evaluations: chains that were; right_chains: of those, how many answered right.
+        passes: forward passes of a layer.
+    """
+
+    part: str
+    kind: str
+    number: int
+    base: bool
+    right: bool
+    chain: list[int]
+    evaluations: int
+    right_chains: int
+    passes: int
+
+
+class Chosen(NamedTuple):
+    """A line of samples.jsonl: a chain chosen on the questions `searched`, and whether it is right for each of
+    `tested`."""
+
+    part: str
+    kind: str
+    half: int
+    chain: list[int]
+    searched: list[int]
+    accuracy: float
+    tested: list[int]
+    right: list[bool]
+    evaluations: int
+    passes: int
+
+
+Records = tuple[list[Found], list[Chosen]]
+
+
+def halves(questions: Sequence[Question], kind: str, seed: int) -> tuple[list[int], list[int]]:
+    """The numbers of a kind's questions in two parts; the same question asked twice is in one of them."""
+    texts = sorted({question.text for question in questions if question.kind == kind})
+    Random(f"{seed}/cola/{kind}").shuffle(texts)
+    first = set(texts[: len(texts) // 2])
+    numbers = [number for number, question in enumerate(questions) if question.kind == kind]
+    return [n for n in numbers if questions[n].text in first], [n for n in numbers if questions[n].text not in first]
+
+
+class Cola:
+    """The work on each key.
+
+    Args:
+        ask: puts a question to the model; the memory for its cache is divided by the number.
+    """
+
+    def __init__(self, plan: Plan, num_layers: int, questions: Sequence[Question], ask: Callable[[int, int], Answer]):
+        self.plan, self.questions, self.ask = plan, questions, ask
+        self.space = Space(num_layers, plan.k, plan.r)
+
+    def keys(self) -> list[Key]:
+        """Those of single questions, then those of halves. A half is named by what is in it, since that changes with
+        the number of questions."""
+        found: list[Key] = [(part, number) for part in SEARCHES for number in range(len(self.questions))]
+        for kind in dict.fromkeys(question.kind for question in self.questions):
+            parts = halves(self.questions, kind, self.plan.seed)
+            if all(parts):
+                found += [(HELD_OUT, kind, half, fingerprint([self.questions[n] for n in [*parts[0], *parts[1]]]))
+                          for half in (0, 1)]  # fmt: skip
+        return found
+
+    def work(self, keys: list[Key]) -> list[dict[str, Any]]:
+        try:
+            return [(self.choose(*key[1:3]) if key[0] == HELD_OUT else self.find(*key))._asdict() for key in keys]
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"the memory of the GPU is too small for {self.plan.leaves} chains at a time: lower --leaves, or leave "
+                "out long questions"
+            ) from error
+
+    def find(self, part: str, number: int) -> Found:
+        question, answer = self.questions[number], self.ask(number, 1)
+        # every question has a seed of its own: with one for all, they would find the same chains
+        rng = Random(f"{self.plan.seed}/cola/{part}/{question.text}")
+        evaluate: Evaluate = lambda chains: [float(right) for right in answer.right(chains)]  # noqa: E731
+        rewards = SEARCHES[part](self.space, evaluate, self.plan.tree, rng)
+        right = sorted((chain for chain, reward in rewards.items() if reward), key=len)
+        chain = next((chain for chain in right if answer.alone(chain)), ())
+        base = bool(rewards[self.space.identity])
+        return Found(
+            part, question.kind, number, base, bool(chain), list(chain), len(rewards), len(right), answer.passes
+        )
+
+    def choose(self, kind: str, half: int) -> Chosen:
+        """Searches in that half of a kind, and tests in the other."""
+        parts = halves(self.questions, kind, self.plan.seed)
+        searched, tested = parts[half], parts[1 - half]
+        answers = [self.ask(number, len(searched)) for number in searched]
+
+        def evaluate(chains: list[Chain]) -> list[float]:
+            return [fmean(rights) for rights in zip(*(answer.right(chains) for answer in answers))]
+
+        rewards = tree_search(self.space, evaluate, self.plan.tree, Random(f"{self.plan.seed}/cola/{kind}/{half}"))
+        chain = best(rewards)
+        passes, right = sum(answer.passes for answer in answers), list[bool]()
+        for number in tested:
+            answer = self.ask(number, 1)
+            right.append(answer.alone(chain))
+            passes += answer.passes
+        return Chosen(HELD_OUT, kind, half, list(chain), searched, rewards[chain], tested, right, len(rewards), passes)
+
+
+def settings(plan: Plan, data: str, model: LoadedModel) -> dict[str, Any]:
+    """What samples of one folder share, as JSON types."""
+    found = asdict(plan) | {
+        "data": data,
+        "version": VERSION,
+        "model_fingerprint": model.fingerprint,
+        "model_dtype": str(model.dtype),
+        "tokenizer_fingerprint": model.require_tokenizer().fingerprint,
+    }
+    return json.loads(json.dumps(found))
+
+
+def evaluate(
+    cola: Cola,
+    folder: Path,
+    config: dict[str, Any],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Records:
+    """All records: those in `folder`, and the rest, one after another.
+
+    Raises:
+        ValueError: see `collect`.
+    """
+    records = collect(folder, config, cola.keys(), cola.work, batch_size=1, progress=progress)
+    return (
+        [Found(**record) for record in records if record["part"] != HELD_OUT],
+        [Chosen(**record) for record in records if record["part"] == HELD_OUT],
+    )
+
+
+def run(
+    model: LoadedModel,
+    plan: Plan,
+    questions: Sequence[Question],
+    data: str,
+    folder: Path,
+    *,
+    limit: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Records, dict[str, Any], int]:
+    """The task as the command line runs it: records, what they depend on, and the model's layers. A folder of the same
+    plan, data and model is gone on with.
+
+    Args:
+        data: what identifies the questions, before any limit.
+        limit: the first questions only.
+
+    Raises:
+        ValueError: a model that chains cannot be made of or that has no tokenizer, a question that it cannot take,
+            another configuration in the folder, a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"a limit of {limit} questions leaves nothing to evaluate: give at least 1")
+    questions = questions[:limit]
+    config, layers = settings(plan, data, model), Layers(model)
+
+    def ask(number: int, sharers: int) -> Answer:
+        if plan.reward == "generate":
+            return Generation(model, layers, questions[number], plan.new_tokens)
+        return Likelihood(model, layers, questions[number], CACHE_BYTES // sharers)
+
+    if not model.is_riverrun and model.seq_len is not None:
+        longest = max(range(len(questions)), key=lambda number: ask(number, 1).num_tokens)
+        if (needed := ask(longest, 1).num_tokens) > model.seq_len:
+            raise ValueError(
+                f"{model.description} takes at most {model.seq_len} tokens, but question {longest + 1} with its answer "
+                f"takes {needed}: leave it out"
+            )
+    return evaluate(Cola(plan, len(layers), questions, ask), folder, config, progress), config, len(layers)
