@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from math import prod
+from math import isqrt, prod
 from typing import Any
 from unittest import mock
 
@@ -128,11 +128,37 @@ def _inside_delta_backward(grad_o, grad_final, q, k, v, *rest) -> float:
     return _inside_delta(k, rest[-1]) + _inside_delta(k, False) + (states + 2 * v.numel()) * size
 
 
+def _inside_linear_memory(q: torch.Tensor, weight: torch.Tensor) -> float:
+    """T and the scores, (M, H, C, C) each, in the type of q (kernels/neural_memory/triton_linear_launch.py)."""
+    return 2.0 * weight.numel() * q.element_size()
+
+
+def _inside_linear_memory_backward(grad_o, of_final, of_momentum, q, k, v, decay, weight, carry, *_) -> float:
+    """The same; states and adjoints at the chunks' edges, (M, H, K, V) each, twice with a momentum; E like v."""
+    states = 2 * (1 if carry is None else 2) * decay.shape[0] * decay.shape[1] * q.shape[-1] * v.shape[-1]
+    return _inside_linear_memory(q, weight) + (states + v.numel()) * q.element_size()
+
+
+def _inside_mlp_memory_backward(
+    grad_o, of_final, q, k, v, reads1, weight, ends1, writes1, reads2, weight2, ends2, writes2, gain, initial, *_
+) -> float:
+    """Of a group of g chunks and one more: the states, float32, and three of what the layers pass on, (F, C) a head, in
+    the type of k; and what was read before a norm, float32 (kernels/neural_memory/triton_mlp.py). Groups grow with the
+    root of a row's length, and are taken here to grow with it."""
+    (S, H, _, size), (M, _, C, _) = initial.shape, weight.shape
+    group, F = isqrt(-(-M // S) - 1) + 1, size // (k.shape[-1] + v.shape[-1])
+    states = 4 * (group + 1) * initial.numel()
+    return states + 3 * S * (group + 1) * H * F * C * k.element_size() + 4 * S * group * H * C * v.shape[-1]
+
+
 INSIDE: dict[str, Callable[..., float]] = {
     "ssd_triton": lambda x, dt, *_: 2.0 * 4 * dt.numel(),
     "ssd_triton_backward": _inside_ssd,
     "gated_delta_triton": lambda q, k, *rest: _inside_delta(k, rest[-1]),
     "gated_delta_triton_backward": _inside_delta_backward,
+    "linear_memory_triton": lambda q, k, v, decay, weight, *_: _inside_linear_memory(q, weight),
+    "linear_memory_triton_backward": _inside_linear_memory_backward,
+    "neural_memory_mlp_triton_backward": _inside_mlp_memory_backward,
     # h of the step before; and, of gates side by side, what the weight's gradient sums (kernels/head_rnn/triton_op.py)
     "head_rnn_backward": lambda grad_h, *_: 2.0 * grad_h.numel() * grad_h.element_size(),
 }
