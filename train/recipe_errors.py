@@ -12,6 +12,7 @@ from riverrun.train.config import Recipe
 from riverrun.train.toml_text import toml_value
 
 SHOWN = 200  # characters of a value or a key in a message
+NAMED = 3  # keys of one name that one may have meant
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _WANTED = {
@@ -94,7 +95,8 @@ def unknown_key(path: Sequence[str | int], origin: str) -> Problem:
     near = near or [k for k in keys if k.rpartition(".")[2] == path[-1]]
     near = near or get_close_matches(key, keys, n=1, cutoff=0.85)
     if near:
-        *others, last = near
+        shown = near if len(near) <= NAMED else [*near[:NAMED], f"one of {len(near) - NAMED} others"]
+        *others, last = shown
         fix = f"did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
     else:
         fix = f"{f'[{table}]' if table else 'a recipe'} has {', '.join(siblings)}"

@@ -129,9 +129,10 @@ def test_missing_file_and_folder(tmp_path):
         ("train.lr=3", "train.lr (command line) is not a recipe key: did you mean optimizer.lr?"),
         (
             "chunk_size=3",
-            "did you mean model.mamba2.chunk_size, model.gated_delta.chunk_size or "
-            "model.prefix_linear_attention.chunk_size?",
+            "did you mean model.mamba2.chunk_size, model.gated_delta.chunk_size, "
+            "model.prefix_linear_attention.chunk_size or one of 10 others?",
         ),
+        ("tolerance=3", "did you mean model.para_gru.tolerance or model.para_lstm.tolerance?"),
         ("trian.x=3", "trian (command line) is not a recipe key: did you mean train?"),
         ("engine.foo=3", "engine.foo (command line) is not a recipe key: [engine] has device, zero_stage, over"),
         ("bar=3", "bar (command line) is not a recipe key: a recipe has name, description, profile, model"),

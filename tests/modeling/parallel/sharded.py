@@ -7,6 +7,7 @@ import torch
 from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.memory_options import (
     AtlasOptions,
+    MemoraOptions,
     TitansLMMOptions,
     TitansMACOptions,
     TitansMAGOptions,
@@ -59,6 +60,7 @@ BASE = replace(
     titans_mal=TitansMALOptions(**MEMORY, attention_window=5, norm=False),
     titans_mac=TitansMACOptions(**MEMORY, segment=4, norm=False),
     yaad=YaadOptions(**MEMORY),
+    memora=MemoraOptions(**MEMORY),
     atlas=AtlasOptions(**MEMORY, omega_window=3),
 )
 

@@ -5,10 +5,14 @@ from dataclasses import fields, replace
 import pytest
 
 from riverrun.launch import shipped
+from riverrun.modeling.mixers import MIXERS
 from riverrun.modeling.options import ModelOptions
 from tests.modeling.parallel.sharded import BASE, BOUNDS, assert_parts_make_the_whole, part
 
-SIZES = ("num_heads", "num_kv_heads", "head_dim", "state_size", "num_groups", "chunk_size", "expand_v", "tolerance")
+SIZES = (
+    "num_heads", "num_kv_heads", "head_dim", "state_size", "num_groups", "chunk_size", "expand_v", "tolerance",
+    "segment", "expand", "gate_rank", "attention_window",
+)  # fmt: skip
 
 
 def narrow(options: ModelOptions) -> ModelOptions:
@@ -34,6 +38,7 @@ def narrow(options: ModelOptions) -> ModelOptions:
 @pytest.mark.parametrize("recipe", shipped.names())
 def test_a_narrow_copy_is_shared_exactly(ranks, recipe):
     options = narrow(shipped.load(recipe, [], require_inputs=False).recipe.model)
-    cp, tp, prefix = (1, 4, 7) if options.reads_prefix else (2, 2, 0)  # rows with a prefix are not shared
+    alone = options.reads_prefix or not all(MIXERS[mixer].context_parallel for mixer in options.layers)
+    cp, tp, prefix = (1, 4, 7 * options.reads_prefix) if alone else (2, 2, 0)  # rows with a prefix are not shared
     results = ranks(4).run(part, options, cp, tp, True, BOUNDS, "auto", "auto", prefix)
     assert_parts_make_the_whole(results, options, cp, tp, BOUNDS, prefix)
