@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from riverrun.kernels.common.chunks import Chunks, chunk_layout
 from riverrun.kernels.common.memory_rule import Rule
-from riverrun.kernels.neural_memory.gates import ChunkGates, chunk_ends, chunk_gates
+from riverrun.kernels.neural_memory.gates import ChunkGates, chunk_ends, chunk_gates, late
 from riverrun.kernels.neural_memory.network import learn, orthogonalise, product, read, scales, weights_of
 from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Weights
 from riverrun.kernels.neural_memory.sources import Sources, with_window
@@ -184,7 +184,7 @@ def _chunk(
     else:
         inputs, gradients = learn(rule, terms.k, terms.v, anchor, norm_weight, terms.delta)
     scale = scales(rule, running.anchor)
-    gates = [_late(g) for g in terms.gates] if rule.read == "before" else terms.gates
+    gates = [late(g) for g in terms.gates] if rule.read == "before" else terms.gates
 
     def apply(layer: int, x: torch.Tensor) -> torch.Tensor:
         if rule.read == "chunk":
@@ -200,7 +200,7 @@ def _online_errors(rule: Rule, running: _Running, terms: _Terms) -> torch.Tensor
     """The gradient of each token (n, H, b, V) at the weights that it finds, of a linear memory."""
     if rule.bias == "dot":
         return -terms.v
-    gates, k = _late(terms.gates[0]), terms.k
+    gates, k = late(terms.gates[0]), terms.k
     right = _through_kept(k, 0, running, gates) - (terms.v - k if rule.residual else terms.v)
     scores = k @ k.mT
     if gates.weight.dim() == scores.dim():
@@ -251,14 +251,6 @@ def _leave(
         pending.append(torch.where(full, 0, steps)[..., 0, 0])
     anchor = tuple(torch.where(full, new, old) for new, old in zip(weights, running.anchor))
     return _Running(tuple(weights), tuple(momentum) or None, anchor, tuple(pending) or None)
-
-
-def _late(gates: ChunkGates) -> ChunkGates:
-    """Those of the token before: of the memory that a token finds."""
-    first = torch.ones_like(gates.decay[..., :1])
-    carry = None if gates.carry is None else torch.cat([torch.zeros_like(first), gates.carry[..., :-1]], dim=-1)
-    weight = torch.cat([torch.zeros_like(gates.weight[..., :1, :]), gates.weight[..., :-1, :]], dim=-2)
-    return gates._replace(decay=torch.cat([first, gates.decay[..., :-1]], dim=-1), carry=carry, weight=weight)
 
 
 def _weighted(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -94,6 +94,14 @@ def chunk_ends(gates: Gates, valid: torch.Tensor) -> ChunkGates:
     return ChunkGates(decay, (sums * lr)[..., None, :], carry, total.exp(), _after(log_momentum).exp() * lr)
 
 
+def late(gates: ChunkGates) -> ChunkGates:
+    """Those of the token before: of the memory that a token finds."""
+    first = torch.ones_like(gates.decay[..., :1])
+    carry = None if gates.carry is None else torch.cat([torch.zeros_like(first), gates.carry[..., :-1]], dim=-1)
+    weight = torch.cat([torch.zeros_like(gates.weight[..., :1, :]), gates.weight[..., :-1, :]], dim=-2)
+    return gates._replace(decay=torch.cat([first, gates.decay[..., :-1]], dim=-1), carry=carry, weight=weight)
+
+
 def triton_gates(gates: Gates, chunk_size: int, cu_seqlens: torch.Tensor | None) -> ChunkGates:
     """Of gates (B, T, H), for the chunks that Triton kernels count (`triton_chunks`). Nothing waits for the device."""
     from riverrun.kernels.common.triton_chunks import cut

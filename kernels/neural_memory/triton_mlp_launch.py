@@ -8,8 +8,7 @@ import torch
 
 from riverrun.kernels.common.triton_chunks import Chunks, cut
 from riverrun.kernels.common.whole import ceil_div, power_of_2_from
-from riverrun.kernels.neural_memory.chunked import _late
-from riverrun.kernels.neural_memory.gates import ChunkGates
+from riverrun.kernels.neural_memory.gates import ChunkGates, late
 from riverrun.kernels.neural_memory.rule import Weights
 
 WARPS = 8
@@ -70,7 +69,7 @@ class Launch:
 def as_kernels_take(gates: ChunkGates, read: str) -> tuple[torch.Tensor, ...]:
     """→ reads (M, H, P, b): β and f of the memory that each token reads; its G (M, H, b, b); ends (M, H, 1 or 3): β, f
     and m of a chunk's end; writes (M, H, P, b): G and N of its end. P is 2 with momentum, else 1."""
-    of_reads = _late(gates) if read == "before" else gates
+    of_reads = late(gates) if read == "before" else gates
     decay, weight = gates.decay[..., -1], gates.weight[..., -1, :]
     if gates.carry is None:
         rows = of_reads.decay[:, :, None], of_reads.weight, decay[..., None], weight[:, :, None]
