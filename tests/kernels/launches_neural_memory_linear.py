@@ -53,4 +53,4 @@ def launch_long_chunks():
 
 
 def launch_single_precision():
-    run(2, 512, 6, 256, 256, 128, online=True, dtype=torch.float32)
+    run(2, 512, 6, 256, 256, 64, online=True, dtype=torch.float32)
