@@ -110,7 +110,7 @@ class NeuralMemory(nn.Module):
         k, v = (x.view(B, T, *x.shape[2:])[:, -RECENT:] for x in (inputs.k, inputs.v))
 
         def of_rows(state: MemoryState) -> MemoryState:
-            return map_state(layout.last, state._replace(past=None))
+            return state._replace(past=None).each(layout.last)
 
         note_memory(k, v, valid, of_rows(before), of_rows(after), self.options.rule, self.norm_gain)
 
@@ -311,10 +311,6 @@ class NeuralMemory(nn.Module):
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
-
-
-def map_state(function: Callable[[torch.Tensor], torch.Tensor], state: MemoryState) -> MemoryState:
-    return MemoryState(*(None if part is None else tuple(map(function, part)) for part in state))  # type: ignore[arg-type]
 
 
 def as_dict(state: MemoryState) -> dict[str, torch.Tensor]:

@@ -48,6 +48,10 @@ class MemoryState(NamedTuple):
     pending: Weights | None = None
     past: tuple[torch.Tensor, ...] | None = None
 
+    def each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "MemoryState":
+        """Of all tensors that there are."""
+        return MemoryState(*(None if part is None else tuple(map(function, part)) for part in self))  # type: ignore[arg-type]
+
 
 def fresh_state(weights: Weights, sequences: int, rule: Rule, momentum: bool, V: int) -> MemoryState:
     """Before the first token, of learned weights (H, in, out)."""

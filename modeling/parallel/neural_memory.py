@@ -29,7 +29,7 @@ def context_neural_memory(
     inputs. `start`: what documents start from, as that of one sequence."""
     H, size = inputs.q.shape[2], context.axis.size
     if not context.connected:
-        state = _each(start, lambda x: x.expand(_sequences(context), *x.shape[1:]))
+        state = start.each(lambda x: x.expand(_sequences(context), *x.shape[1:]))
         return memory.run(inputs, state, cu_seqlens=context.cu_seqlens)[0]
     affine = is_affine(memory)
     cheaper = shares_heads(H, *_bytes(inputs, affine, context), context) if affine else H % size == 0
@@ -37,7 +37,7 @@ def context_neural_memory(
         mine = context.axis.share(H)
         moved = _of_tokens(inputs, lambda x: to_heads(x, context, 2))
         sequences = len(context.bounds) - 1 if context.row_bounds is not None else context.shape[0]
-        state = _each(_heads(start, mine), lambda x: x.expand(sequences, *x.shape[1:]))
+        state = _heads(start, mine).each(lambda x: x.expand(sequences, *x.shape[1:]))
         y, _ = memory.run(moved, state, cu_seqlens=context.row_bounds, heads=mine)
         return from_heads(y, context, 2)
     if affine:
@@ -111,7 +111,7 @@ def _handed_on(context: Context, memory: "NeuralMemory", inputs: "MemoryInputs",
     parts = iter(split[:-1])
     place = split[-1][:, 0].detach()
     y, end = memory.run(
-        inputs, _each(start, lambda x: next(parts).view(S, *x.shape[1:])), place, cu_seqlens=context.cu_seqlens,
+        inputs, start.each(lambda x: next(parts).view(S, *x.shape[1:])), place, cu_seqlens=context.cu_seqlens,
         resumable=True,
     )  # fmt: skip
     if any(context.goes_on):
@@ -183,14 +183,10 @@ def _parts(state: MemoryState) -> list[torch.Tensor]:
     return [x for part in state if part is not None for x in part]
 
 
-def _each(state: MemoryState, function: Any) -> MemoryState:
-    return MemoryState(*(None if part is None else tuple(map(function, part)) for part in state))  # type: ignore[arg-type]
-
-
 def _heads(state: MemoryState, mine: slice) -> MemoryState:
     """Some heads of a state: all of its tensors but those of past tokens have them second."""
     past = None if state.past is None else tuple(x[:, :, mine] for x in state.past)
-    return _each(state._replace(past=None), lambda x: x[:, mine])._replace(past=past)
+    return state._replace(past=None).each(lambda x: x[:, mine])._replace(past=past)
 
 
 def _of_tokens(inputs: "MemoryInputs", function: Any) -> "MemoryInputs":
