@@ -103,7 +103,8 @@ def late(gates: ChunkGates) -> ChunkGates:
 
 
 def triton_gates(gates: Gates, chunk_size: int, cu_seqlens: torch.Tensor | None) -> ChunkGates:
-    """Of gates (B, T, H), for the chunks that Triton kernels count (`triton_chunks`). Nothing waits for the device."""
+    """Of gates (B, T, H), for the chunks that Triton kernels count (`triton_chunks`). Nothing waits for the device. In
+    some ten passes over memory: `triton_gates.py` takes one."""
     from riverrun.kernels.common.triton_chunks import cut
 
     B, T, H = gates.lr.shape
