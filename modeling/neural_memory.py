@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from riverrun.kernels.common.memory_rule import curvature
 from riverrun.kernels.neural_memory import Gates, MemoryState, fresh_state, neural_memory
 from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, short_convs
 from riverrun.modeling.layout import Layout
@@ -281,24 +282,23 @@ class NeuralMemory(nn.Module):
     def largest_step(self, eta: torch.Tensor) -> torch.Tensor:
         """The cap of θ by the momentum η that there is; see `NeuralMemoryOptions.step_cap`.
 
-        A step along one key of unit length in a chunk of b scales the error by 1 − b θ / (1 − η) in the end if all keys
-        are equal, and by up to (1 + √(b / K))² θ / (1 − η) instead of b if they are random (the largest eigenvalue of
-        their Gram matrix, Marchenko & Pastur 1967). At b = 1 one repeated key would bear θ up to (2 − α)(1 + η), but
-        random ones do not: the squared error then grows from 2 (1 − η) on, as of any stochastic gradient with momentum.
-        The layers of a memory share the step, and so do the gradients of a window. An orthogonal update is of unit size
-        whatever θ sums to over a chunk, at most 1. It is a rule of thumb for losses that are not quadratic, and where η
-        changes much from token to token.
+        A step along one key of unit length in a chunk of b scales the error by 1 − b κ θ / (1 − η) in the end if all
+        keys are equal, κ being the memory's curvature as it starts (`curvature`), and by up to
+        (1 + √(b / K))² κ θ / (1 − η) instead if they are random (the largest eigenvalue of their Gram matrix, Marchenko
+        & Pastur 1967). At b = 1 one repeated key would bear θ up to (2 − α)(1 + η), but random ones do not: the squared
+        error then grows from 2 (1 − η) on, as of any stochastic gradient with momentum. The gradients of a window share
+        the step. An orthogonal update is of unit size whatever θ sums to over a chunk, at most 1. It is a rule of thumb
+        for losses that are not quadratic, and where η changes much from token to token.
         """
         o = self.options
         if o.step_cap == "none":
             return torch.ones_like(eta)
         if o.newton_schulz:
             return torch.full_like(eta, 1 / o.chunk_size)
-        shares = len(self.weights) * o.omega_window
-        curvature = float(o.chunk_size)
+        keys = float(o.chunk_size)
         if o.step_cap == "random" and o.chunk_size > 1:
-            curvature = (1 + math.sqrt(o.chunk_size / o.feature_dim)) ** 2
-        return 2 * (1 - eta) / (curvature * shares)
+            keys = (1 + math.sqrt(o.chunk_size / o.feature_dim)) ** 2
+        return 2 * (1 - eta) / (keys * o.omega_window * curvature(o.layer_sizes, o.norm and not o.is_linear, o.gated))
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, H, head_dim) → unit length, or that of powers (B, T, H, degree · head_dim)."""

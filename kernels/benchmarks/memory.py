@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from riverrun.kernels.benchmarks.benchmark import Benchmark, Case, Contender, Inputs, Load, Work
 from riverrun.kernels.benchmarks.linear import fla_delta, sdpa
+from riverrun.kernels.common.memory_rule import curvature
 from riverrun.kernels.neural_memory import Gates, Rule, neural_memory
 from riverrun.kernels.neural_memory.chunked import ONLINE_CHUNK
 
@@ -55,8 +56,8 @@ def rule_of(case: Case) -> Rule:
 
 
 def largest_step(form: Form, b: int) -> float:
-    """θ / (1 − η) that is stable in chunks of b unit keys, even equal ones; the layers share it."""
-    return 2 / (b * len(layer_sizes(form, form.head)))
+    """θ / (1 − η) that is stable in chunks of b unit keys, even equal ones."""
+    return 2 / (b * curvature(layer_sizes(form, form.head), form.rule.residual, form.rule.gated))
 
 
 def logit(p: float) -> float:
@@ -207,7 +208,7 @@ NEURAL_MEMORY = Benchmark(
     inputs=inputs,
     regimes={
         "fresh": f"unit keys; a half-life of {HALF_LIFE:.0f} tokens and η of {MOMENTUM}, as gates of random tokens; θ "
-        "half of 2 (1 − η) / b by the layers; the layer's column is forward + backward in one go",
+        "half of 2 (1 − η) / (b κ), κ the memory's curvature; the layer's column is forward + backward in one go",
     },
     contenders=contenders,
     reference=ours("chunked"),

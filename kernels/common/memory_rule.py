@@ -1,5 +1,7 @@
 """How a neural memory learns, without torch: models' options are read where it need not be loaded."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,3 +57,31 @@ class Rule:
         if self.q < 2:
             found.append(f"q={self.q} must be at least 2; the paper has 4")
         return found
+
+
+def curvature(sizes: Sequence[tuple[int, int]], norm: bool, gated: bool) -> float:
+    """About the largest eigenvalue of the l2 loss's Gauss-Newton matrix for one key of unit length, at weights drawn
+    with variance 1 / in: a step θ along the gradient scales the error by 1 − θ times that.
+
+    A layer has the squared length of its input times the squared gain from its output to the memory's (Bai & Yin's
+    largest singular value (1 + √(out / in)) of a random matrix, and the activation's slope of ½ at small inputs, which
+    in a gated memory is scaled by its other half). A LayerNorm, with gains that give the output a key's length, divides
+    by the length of what it norms: it curves a memory the more, the less that has been written to it.
+
+    Args:
+        sizes: (in, out) of the memory's matrices, the last one's out being the values'.
+        norm: the outputs pass a LayerNorm with gains 1 / √out.
+        gated: (φ(x W₁) ∘ (x W₂)) W₃.
+    """
+    layers = list(sizes[1:] if gated else sizes)
+    slope = 1 / (4 * layers[0][0]) if gated else 1 / 4  # squared
+    lengths = [1.0]  # squared, of the layers' inputs
+    for n, m in layers[:-1]:
+        lengths.append(lengths[-1] * slope * m / n)
+    n, m = layers[-1]
+    gain = n / (m * lengths[-1]) if norm else 1.0
+    total = 0.0
+    for i, (n, m) in reversed(list(enumerate(layers))):
+        total += lengths[i] * gain * (2 if gated and i == 0 else 1)
+        gain *= slope * (1 + math.sqrt(m / n)) ** 2
+    return total

@@ -29,7 +29,7 @@ def _store_early(p, x, t, SHIFT: tl.constexpr, end, C: tl.constexpr):
         tl.store(p + C - 1, end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gradients_kernel(
     grad_o,  # (B, T, H, V)
     q,  # (B, T, H, K)

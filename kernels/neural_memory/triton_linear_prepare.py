@@ -53,7 +53,7 @@ def _inverse(A, t, C: tl.constexpr, LEVELS: tl.constexpr, EXACT: tl.constexpr):
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def prepare_kernel(
     q,  # (B, T, H, K)
     k,  # (B, T, H, K)

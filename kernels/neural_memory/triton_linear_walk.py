@@ -66,7 +66,7 @@ def _written(rows, weight, x, state):
     return dot(tl.trans(rows), (x.to(tl.float32) * weight[:, None]).to(rows.dtype), state)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def forward_kernel(
     q,  # (B, T, H, K)
     k,  # (B, T, H, K)
@@ -169,7 +169,7 @@ def forward_kernel(
             _store_state(final_momentum + (s * H + h) * K * V, S, column, V, K, BK, NK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def backward_kernel(
     grad_o,  # (B, T, H, V)
     grad_final,  # (S, H, K, V) float32

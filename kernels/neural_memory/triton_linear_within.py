@@ -16,7 +16,7 @@ from riverrun.kernels.common.triton_chunks import chunk
 from riverrun.kernels.neural_memory.triton_linear_prepare import products_of_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def within_kernel(
     grad_o,  # (B, T, H, V)
     q,  # (B, T, H, K)

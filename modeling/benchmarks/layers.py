@@ -14,6 +14,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from riverrun.kernels.benchmarks.benchmark import Benchmark, Case, Contender, Inputs, Load, Unavailable, Work
+from riverrun.kernels.benchmarks.linear import delta_inputs, fla_delta
 from riverrun.modeling.layout import Layout, rotary_tables
 from riverrun.modeling.memory_options import TitansLMMOptions
 from riverrun.modeling.mixer_options import AttentionOptions, GatedDeltaOptions, Mamba2Options
@@ -21,6 +22,7 @@ from riverrun.modeling.mixers import Attention, GatedDelta, Mamba2, Mixer, Titan
 from riverrun.modeling.projection import project
 
 STEPS = {"n=1": 1, "n=2": 2}
+MEMORIES = {"linear": {"depth": 1, "chunk_size": 1}, "two layers": {"chunk_size": 64}}  # online, or by chunks
 NORM_EPS = 1e-5
 PRODUCTS = "projections alone"
 
@@ -41,7 +43,8 @@ def gated_delta(case: Case) -> Mixer:
 
 
 def titans_lmm(case: Case) -> Mixer:
-    return TitansLMM(TitansLMMOptions(num_heads=case.H, head_dim=case.D // case.H), case.D, NORM_EPS)
+    options = TitansLMMOptions(num_heads=case.H, head_dim=case.D // case.H, **MEMORIES[case.variant])
+    return TitansLMM(options, case.D, NORM_EPS)
 
 
 def fresh(make: Make, case: Case) -> Mixer:
@@ -246,10 +249,24 @@ def gated_delta_contenders(case: Case) -> list[Contender]:
     ]
 
 
+def fla_op(inputs: Inputs, case: Case, load: Load) -> Work:
+    case = replace(case, variant="n=1")
+    own = {name: x.requires_grad_() for name, x in delta_inputs(case, "decaying").items()}
+    work = fla_delta(own, case, load)
+    return _work(work.forward, *work.leaves)
+
+
 def titans_lmm_contenders(case: Case) -> list[Contender]:
     return [
         Contender("riverrun auto", ours(titans_lmm)),
         products(titans_lmm),
+        Contender(
+            "fla's op",
+            fla_op,
+            "other maths: chunk_gated_delta_rule alone, of the same heads, without projections",
+            same_maths=False,
+            needs_cuda=True,
+        ),
         Contender(
             "riverrun gated_delta",
             with_its_own(lambda case: gated_delta(replace(case, variant="n=1"))),
@@ -303,5 +320,6 @@ TITANS_LMM_LAYER = _benchmark(
     "titans_lmm_layer",
     titans_lmm,
     contenders=titans_lmm_contenders,
+    variants=tuple(MEMORIES),
     heads=lambda D, variant: max(1, D // TitansLMMOptions.head_dim),
 )

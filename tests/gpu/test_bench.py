@@ -51,7 +51,7 @@ def test_bench_of_memory_bound_ops(op, variant, tmp_path):
 
 @pytest.mark.parametrize(
     ("op", "variant"),
-    [("mamba2_layer", ""), ("gated_delta_layer", "n=1"), ("gated_delta_layer", "n=2"), ("titans_lmm_layer", "")],
+    [("mamba2_layer", ""), ("gated_delta_layer", "n=1"), ("gated_delta_layer", "n=2"), ("titans_lmm_layer", "linear")],
 )
 def test_bench_of_a_layer(op, variant, tmp_path):
     shape = ["--batch", "2", "--seq-len", "512", "--width", "512", "--sweep-max", "64"]

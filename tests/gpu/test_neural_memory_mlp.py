@@ -18,7 +18,10 @@ def make_inputs(B, T, H=4, K=128, F=512, V=128, S=None, momentum=True, norm=True
         return torch.randn(*shape, device="cuda")
 
     tokens = [normalize(draw(B, T, H, K), dim=-1), normalize(draw(B, T, H, K), dim=-1), draw(B, T, H, V)]
-    gates = [-0.01 * draw(B, T, H).abs(), draw(B, T, H).sigmoid() / F, -draw(B, T, H).exp()][: 2 + momentum]
+    log_momentum = -draw(B, T, H).exp()
+    # small steps: with 16 times as large ones rounding errors of float32 grow to the size of the outputs in 2,000 tokens
+    lr = draw(B, T, H).sigmoid() / (16 * F) * (-torch.expm1(log_momentum) if momentum else 1)
+    gates = [-0.01 * draw(B, T, H).abs(), lr, log_momentum][: 2 + momentum]
     weights = [draw(S or B, H, K, F), draw(S or B, H, F, V) * F**-0.5]
     weights += [0.1 * draw(*x.shape) * x.std() for x in weights] * momentum
     return [*(x.to(dtype) for x in tokens), *gates, *weights, *[1 + 0.1 * draw(H, V)] * norm]

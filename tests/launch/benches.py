@@ -19,7 +19,7 @@ MEMORY_BOUND = [(op, v) for op in ("diagonal_scan", "causal_conv1d", "gated_rms_
 LINEAR = [(op, variant) for op in ("ssd", "gated_delta") for variant in BENCHMARKS[op].variants]
 MEMORY = [("neural_memory", variant) for variant in BENCHMARKS["neural_memory"].variants]
 WITH_PEERS = [("mamba2_layer", ""), *(("gated_delta_layer", n) for n in LAYERS["gated_delta_layer"].variants)]
-WHOLE = [*WITH_PEERS, ("titans_lmm_layer", "")]
+WHOLE = [*WITH_PEERS, *(("titans_lmm_layer", memory) for memory in LAYERS["titans_lmm_layer"].variants)]
 ALL = BENCHMARKS | LAYERS
 
 
