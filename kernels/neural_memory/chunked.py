@@ -85,11 +85,12 @@ def neural_memory_chunked(
         chunks = chunk_layout(q, min(online_chunk, T) if online else rule.chunk_size, cu_seqlens, skip)
         full = chunks.valid[:, -1]
 
-    def split(x: torch.Tensor) -> torch.Tensor:
-        return chunks.split(x.to(dtype)).transpose(1, 2)  # (B, T, H, …) → (M, H, b, …)
+    def split(x: torch.Tensor, dtype: torch.dtype = dtype) -> torch.Tensor:
+        """(B, T, H, …) → (M, H, b, …), one after the other in memory, as products would copy them to be each time."""
+        return chunks.split(x.to(dtype)).transpose(1, 2).contiguous()
 
     if rule.window == 1:
-        sources = Sources(split(k), split(v))
+        sources = Sources(split(k, inner), split(v, inner))
     else:
         assert gamma is not None
         k, v, gamma = (x.to(dtype) for x in (k, v, gamma))
@@ -101,11 +102,11 @@ def neural_memory_chunked(
         chunk_ends(g, chunks.valid) if ends else chunk_gates(g, chunks.valid, sources.weight) for g in in_chunks
     ]
     terms = _Terms(
-        split(q).to(inner),
+        split(q, inner),
         sources.k.to(inner),
         sources.v.to(inner),
         tuple(of_chunks * len(gates) if shared else of_chunks),
-        None if delta is None else split(delta).to(inner),
+        None if delta is None else split(delta, inner),
         tuple(_steps(split(g.log_keep), split(g.lr)) for g in gates) if rule.newton_schulz else None,
         full,
     )

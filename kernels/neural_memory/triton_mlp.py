@@ -22,9 +22,10 @@ from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Rule, Weight
 from riverrun.kernels.neural_memory.triton_mlp_backward import backward_kernel
 from riverrun.kernels.neural_memory.triton_mlp_launch import Launch, as_kernels_take, pack, unpack
 from riverrun.kernels.neural_memory.triton_mlp_walk import forward_kernel, states_kernel
-from riverrun.kernels.neural_memory.triton_path import MLP_CHUNKS, MLP_MOST_HIDDEN, MLP_SIZES
+from riverrun.kernels.neural_memory.triton_path import MLP_CHUNKS, MLP_MOST_HIDDEN
 
 Tensors = Sequence[torch.Tensor]
+SIZES = (32, 64, 96, 128)  # of keys and values; `triton_path.py` leaves out what was seen to go wrong on a GPU
 
 
 def walk(
@@ -280,7 +281,7 @@ def mlp_memory_triton(
         o (B, T, H, V) in the dtype of q, the final weights and, with momentum, the final momentum, in float32.
     """
     (B, _, _, K), V, F = q.shape, v.shape[-1], initial[0].shape[-1]
-    if K not in MLP_SIZES or V not in MLP_SIZES or F % 32 or F > MLP_MOST_HIDDEN:
+    if K not in SIZES or V not in SIZES or F % 32 or F > MLP_MOST_HIDDEN:
         raise ValueError(
             f"the Triton kernels of a two-layer memory take K and V of 32, 64, 96 or 128 and a multiple of 32 up to "
             f"{MLP_MOST_HIDDEN} hidden channels, got K={K}, V={V} and {F}: use backend='chunked'"

@@ -11,7 +11,7 @@ from riverrun.kernels.common.whole import ceil_div, power_of_2_from
 from riverrun.kernels.neural_memory.gates import ChunkGates, late
 from riverrun.kernels.neural_memory.rule import Weights
 
-WARPS = 8
+WARPS = {2: 8, 4: 4}  # by bytes a number: with eight, Triton 3.6's products of float32 are wrong on Hopper
 TILE_F = {2: 128, 4: 32}  # hidden channels of a tile, at most, by bytes a number: eight warps' rows; what fits on chip
 
 
@@ -49,7 +49,7 @@ class Launch:
         options = {"H": H, "K": K, "F": F, "V": V, "C": C, "P": P}
         options |= {"BK": power_of_2_from(K), "BV": power_of_2_from(V), "BF": min(TILE_F[k.element_size()], F & -F)}
         options |= {"NORM": norm_weight is not None, "RESIDUAL": residual, "SILU": silu, "PACKED": chunks.packed}
-        options |= {"num_warps": WARPS, "num_stages": 1}
+        options |= {"num_warps": WARPS[k.element_size()], "num_stages": 1}
         return cls(chunks, keep, ceil_div(T, C), options)
 
     @property

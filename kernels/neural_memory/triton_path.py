@@ -12,7 +12,8 @@ from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Weights
 Kind = Literal["linear", "two layers"]
 
 LINEAR_CHUNKS, LINEAR_MOST = (16, 32, 64, 128), 256
-MLP_CHUNKS, MLP_SIZES, MLP_MOST_HIDDEN = (16, 32, 64), (32, 64, 96, 128), 1024
+MLP_CHUNKS, MLP_SIZES = (16, 32, 64), (64, 96, 128)
+MLP_HIDDEN, MLP_MOST_HIDDEN = 128, 1024  # with tiles of fewer, Triton 3.6's products are wrong on Hopper
 
 
 def kind_of(weights: Weights, gates: tuple[Gates, ...], rule: Rule, norm_weight: torch.Tensor | None) -> Kind | None:
@@ -26,7 +27,7 @@ def kind_of(weights: Weights, gates: tuple[Gates, ...], rule: Rule, norm_weight:
         fits = norm_weight is None and not rule.residual and max(K, V) <= LINEAR_MOST
         return "linear" if fits and rule.chunk_size in (1, *LINEAR_CHUNKS) else None
     F = weights[0].shape[-1]
-    fits = len(weights) == 2 and K in MLP_SIZES and V in MLP_SIZES and F % 32 == 0 and F <= MLP_MOST_HIDDEN
+    fits = len(weights) == 2 and K in MLP_SIZES and V in MLP_SIZES and F % MLP_HIDDEN == 0 and F <= MLP_MOST_HIDDEN
     return "two layers" if fits and rule.chunk_size in MLP_CHUNKS else None
 
 

@@ -22,7 +22,7 @@ from riverrun.modeling.mixers import Attention, GatedDelta, Mamba2, Mixer, Titan
 from riverrun.modeling.projection import project
 
 STEPS = {"n=1": 1, "n=2": 2}
-MEMORIES = {"linear": {"depth": 1, "chunk_size": 1}, "two layers": {"chunk_size": 64}}  # online, or by chunks
+MEMORIES = {"linear": (1, 1), "two layers": (2, 64)}  # layers, tokens of a chunk
 NORM_EPS = 1e-5
 PRODUCTS = "projections alone"
 
@@ -43,7 +43,8 @@ def gated_delta(case: Case) -> Mixer:
 
 
 def titans_lmm(case: Case) -> Mixer:
-    options = TitansLMMOptions(num_heads=case.H, head_dim=case.D // case.H, **MEMORIES[case.variant])
+    depth, chunk = MEMORIES[case.variant]
+    options = TitansLMMOptions(num_heads=case.H, head_dim=case.D // case.H, depth=depth, chunk_size=chunk)
     return TitansLMM(options, case.D, NORM_EPS)
 
 

@@ -9,7 +9,7 @@ from riverrun.kernels.neural_memory import Gates, Rule, neural_memory
 from tests.kernels.test_neural_memory import assert_close, bounds_of, leaves
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-H, K, F = 2, 32, 64
+H, K, F = 2, 64, 128
 RULES = {
     "linear, online": (1, Rule()),
     "linear, read before": (1, Rule(chunk_size=16, read="before")),
