@@ -1,10 +1,15 @@
 """Decides whether a step may change the weights: its loss and its gradient's norm must be finite, and not far above
 those of the steps before.
 
-A step whose loss or norm exceeds the mean of the last `window` accepted ones by `sigma` standard deviations is skipped
-(OLMo 2, section 3.2, skips such steps too; 6 sigma over 128 steps). A skipped step uses up its data and its place in
-the schedule, but changes no weight and no moment, and stays out of the window. After `patience` skipped steps in a row
-the run goes back to its last good checkpoint, and leaves out the data of those steps.
+A step whose loss or norm exceeds the mean of the last `window` ones by `sigma` standard deviations is skipped (OLMo 2,
+section 3.2, skips such steps too; 6 sigma over 128 steps). A skipped step uses up its data and its place in the
+schedule, but changes no weight and no moment. After `patience` skipped steps in a row the run goes back to its last
+good checkpoint, and leaves out the data of those steps.
+
+Losses of skipped steps stay out of the window: weights that stand still do not get worse, so that many high losses in
+a row are bad data, or weights to go back from. Norms of steps that are skipped for their norm alone go into it, as in
+OLMo 2: where the weights have come to a steep place every gradient is large, more skipping does not get them out of
+there, and clipping bounds what a step does. With 6 sigma over 128 steps four equal norms are refused, the fifth is not.
 
 All ranks feed in the same sums over all ranks, so that all of them decide alike.
 """
@@ -45,11 +50,13 @@ class Guard:
         skipped: steps, of the whole run.
         in_a_row: those up to now.
         rollbacks: of the whole run.
+        broken: whether a loss or norm of those in a row was not finite.
     """
 
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
         self.skipped = self.in_a_row = self.rollbacks = 0
+        self.broken = False
         self._losses: deque[float] = deque(maxlen=config.window)
         self._norms: deque[float] = deque(maxlen=config.window)
 
@@ -73,30 +80,40 @@ class Guard:
 
     def observe(self, loss: float | None, norm: float, refused: bool) -> None:
         """Takes note of a step that is done."""
+        verdict = self.judge(loss, norm) if refused else None
         self.skipped += refused
         self.in_a_row = self.in_a_row + 1 if refused else 0
-        if not refused:
+        self.broken = refused and (self.broken or (verdict is not None and verdict.limit is None))
+        if not refused and loss is not None:
+            self._losses.append(loss)
+        if not refused or (verdict is not None and verdict.of == "gradient norm" and verdict.limit is not None):
             self._norms.append(norm)
-            if loss is not None:
-                self._losses.append(loss)
 
     @property
     def gives_up(self) -> bool:
         """Whether so many steps in a row were skipped that waiting for better ones is of no use."""
         return self.in_a_row >= self.config.patience
 
+    def begin_anew(self) -> None:
+        """Takes what was refused for usual: forgets the losses and norms before."""
+        self.in_a_row = 0
+        self._losses.clear()
+        self._norms.clear()
+
     def state(self) -> dict[str, Any]:
         return {
             "skipped": self.skipped,
             "in_a_row": self.in_a_row,
             "rollbacks": self.rollbacks,
+            "broken": self.broken,
             "losses": list(self._losses),
             "norms": list(self._norms),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Checkpoints of version 0.1's first weeks lack all but the first two."""
+        """Checkpoints of version 0.1's first weeks lack some."""
         self.skipped, self.in_a_row, self.rollbacks = state["skipped"], state["in_a_row"], state.get("rollbacks", 0)
+        self.broken = state.get("broken", False)
         self._losses = deque(state.get("losses", ()), maxlen=self.config.window)
         self._norms = deque(state.get("norms", ()), maxlen=self.config.window)
 

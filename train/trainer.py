@@ -262,6 +262,15 @@ class Trainer:
             raise Diverged(f"{what}{often}. {advice}; {self._last_saved()}")
         self._finish_save()
         target = self.ranks.first(lambda: checkpoint.to_return_to(self.run_dir, before, self.records.display.say))
+        if target is None and not self.guard.broken:
+            self.guard.begin_anew()
+            self.records.event(
+                "guard",
+                self.step,
+                f"WARNING: {what}, and there is no checkpoint to go back to: training goes on, and takes such losses "
+                f"and gradients for usual. {advice}",
+            )
+            return
         if target is None:
             raise Diverged(f"{what}, and there is no checkpoint to go back to. {advice}")
         self._phase("start")

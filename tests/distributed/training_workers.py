@@ -430,6 +430,9 @@ def train_run(
     elif fault.startswith("bad data"):
         bad = range(at, 10**9 if "for ever" in fault else at + 3)
         spoil(float("nan"), last)
+    elif fault == "high losses for ever":
+        bad = range(at, 10**9)
+        spoil(50.0, last)
     when = {at: faults[fault]} if fault in faults else {17: faults["kill"]} if "then kill" in fault else {}
     if fault == "read-only":
         obey_permissions()

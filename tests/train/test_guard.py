@@ -51,7 +51,7 @@ def test_a_few_steps_are_no_statistics():
     assert guard.judge(1.1, 1.0) is not None and guard.judge(1.02, 1.02) is None, "a plateau's noise is no outlier"
 
 
-def test_refused_steps_are_counted_and_leave_no_trace_in_the_window():
+def test_steps_refused_for_their_loss_are_counted_and_leave_no_trace_in_the_window():
     guard = seasoned(patience=3)
     limit = guard.judge(99.0, 1.0).limit
     for _ in range(2):
@@ -61,9 +61,27 @@ def test_refused_steps_are_counted_and_leave_no_trace_in_the_window():
     again.restore(json.loads(json.dumps(guard.state())))
     assert again.state() == guard.state() and again.judge(99.0, 1.0).limit == limit
     again.observe(math.nan, math.nan, True)
-    assert again.gives_up and again.skipped == 3
+    assert again.gives_up and again.skipped == 3 and again.broken and not guard.broken
     again.observe(2.0, 1.0, False)
-    assert not again.gives_up and again.skipped == 3
+    assert not again.gives_up and again.skipped == 3 and not again.broken
+
+
+def test_a_steep_place_is_left_again():
+    """Weights that stand still have large gradients as long as they do: refusing these for ever would end the run."""
+    guard = Guard(GuardConfig())
+    for step in range(128):
+        guard.observe(1.4, 0.2 + 0.05 * (-1) ** step, False)
+    refused = 0
+    while guard.judge(1.4, 3.0) is not None:
+        guard.observe(1.4, 3.0, True)
+        refused += 1
+    assert refused == 4 and not guard.gives_up
+    guard.observe(1.4, math.inf, True)
+    assert str(guard.judge(1.4, math.inf)) == "the gradient norm is not finite"
+    assert guard.judge(1.4, 3.0) is None, "what is not finite is no statistic"
+    limit = guard.judge(9.0, 3.0).limit
+    guard.observe(9.0, 1e6, True)
+    assert guard.judge(9.0, 1.0).limit == limit and guard.judge(1.4, 10.0) is not None, "bad data's norms are none"
 
 
 def test_a_checkpoint_from_before_there_were_statistics_is_taken_up():
@@ -141,3 +159,12 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path):
     config = recipe(guard={"patience": 2}, checkpoint={"every": 0})
     code, printed = train(tmp_path / "run", "bad data for ever", 3, config=config)
     assert code != 0 and "there is no checkpoint to go back to" in printed
+
+
+def test_without_a_checkpoint_high_losses_are_lived_with(tmp_path):
+    config = recipe(guard={"patience": 2, "window": 8}, checkpoint={"every": 0})
+    code, printed = train(tmp_path / "run", "high losses for ever", 8, config=config)
+    assert code == 0, printed
+    assert [event["step"] for event in events(tmp_path / "run", "skip")] == [9, 10]
+    (warning,) = events(tmp_path / "run", "guard")
+    assert warning["step"] == 10 and "training goes on" in printed
