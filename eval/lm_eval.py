@@ -22,7 +22,6 @@ from riverrun.eval.decoding.generate import PREFILL_CHUNK, Sampling, generate
 from riverrun.eval.losses import token_losses
 from riverrun.eval.models import load_model
 from riverrun.kernels.linear_cross_entropy import tokens_of_chunk
-from riverrun.modeling.cache import RiverrunCache
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.model import RiverrunForCausalLM
 from riverrun.train.data.tokenizer import Tokenizer
@@ -40,6 +39,8 @@ class RiverrunLM(TemplateLM):
         batch_size: requests that are scored at a time.
         max_length: tokens of a request, at most, the last ones; default: all, however many there are.
         max_gen_toks: new tokens where a task does not say.
+        num_steps: how often the core of a model of recurrent depth runs; default: as often as on average in training.
+            The harness's own cache of answers (--use_cache) does not know it: give each depth a cache of its own.
 
     Raises:
         ValueError: as `load_model` does; a model that is not Riverrun's.
@@ -55,9 +56,10 @@ class RiverrunLM(TemplateLM):
         max_batch_size: int | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
+        num_steps: int | str | None = None,
     ):
         super().__init__()
-        loaded = load_model(path, device=device, dtype=dtype, step=None if step is None else int(step))
+        loaded = load_model(path, device=device, dtype=dtype, step=_number(step), num_steps=_number(num_steps))
         if not isinstance(loaded.model, RiverrunForCausalLM):
             raise ValueError(f"{loaded.description} is not a Riverrun model: use --model hf for it")
         self.loaded, self.model = loaded, loaded.model
@@ -121,7 +123,7 @@ class RiverrunLM(TemplateLM):
         bounds = torch.tensor([0, *map(len, inputs)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         layout = Layout.of_documents((1, length), bounds.to(device))
         ids = torch.tensor([[token for row in inputs for token in row]], device=device)
-        hidden = self.model.model(ids, layout)[0, torch.tensor(places, dtype=torch.long, device=device)]
+        hidden = self.model.hidden_states(ids, layout)[0, torch.tensor(places, dtype=torch.long, device=device)]
         wanted = torch.tensor(targets, dtype=torch.long, device=device)
         scores, greedy = [], []
         rows = tokens_of_chunk(hidden, self.loaded.vocab_size)
@@ -150,10 +152,7 @@ class RiverrunLM(TemplateLM):
 
     def _stream(self, tokens: list[int]) -> float:
         """log p of all tokens but the first, in constant memory."""
-        cache, ids = (
-            RiverrunCache(self.model.config.num_hidden_layers),
-            torch.tensor([tokens], device=self.loaded.device),
-        )
+        cache, ids = self.model.make_cache(), torch.tensor([tokens], device=self.loaded.device)
         total = 0.0
         for inputs, targets in zip(ids[:, :-1].split(PREFILL_CHUNK, 1), ids[:, 1:].split(PREFILL_CHUNK, 1)):
             total -= token_losses(self.model, inputs, targets, cache=cache).double().sum().item()
@@ -185,6 +184,10 @@ class RiverrunLM(TemplateLM):
             found.append(text)
             self.cache_hook.add_partial("generate_until", request.args, text)
         return found
+
+
+def _number(text: int | str | None) -> int | None:
+    return None if text is None else int(text)
 
 
 class Until(StoppingCriteria):

@@ -33,7 +33,7 @@ def token_losses(
         else:
             fresh = cache is None or cache.next_position is None
             layout = Layout.of_rows((B, T), input_ids.new_zeros(B) if fresh else cache.next_position)  # type: ignore
-        hidden = model.model(input_ids, layout, cache).flatten(0, 1)
+        hidden = model.hidden_states(input_ids, layout, cache).flatten(0, 1)
         loss = linear_cross_entropy(hidden, model.lm_head.weight, targets.flatten(), reduction="none").loss
         return loss.view(B, T)
     if cu_seqlens is not None or cache is not None:

@@ -12,7 +12,8 @@ from pickle import UnpicklingError
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from riverrun.modeling.hf import mamba2, olmo_hybrid
+from riverrun.modeling.depth.model import DepthModel
+from riverrun.modeling.hf import huginn, mamba2, olmo_hybrid
 from riverrun.modeling.hf.folder import check_index, read_json
 from riverrun.modeling.hf.importer import architecture_of, build_model, load_pretrained, read_config
 from riverrun.modeling.hf.remote_code import MODEL_CLASS
@@ -23,7 +24,7 @@ from riverrun.train import checkpoint
 from riverrun.train.data.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-IMPORTED = (MODEL_CLASS, mamba2.ARCHITECTURE, olmo_hybrid.ARCHITECTURE)  # read by our own importer
+IMPORTED = (MODEL_CLASS, mamba2.ARCHITECTURE, olmo_hybrid.ARCHITECTURE, huginn.ARCHITECTURE)  # by our own importer
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 _shared: ContextVar["dict[tuple, LoadedModel] | None"] = ContextVar("shared", default=None)
@@ -37,10 +38,11 @@ class LoadedModel:
         name: as the user gave it.
         tokenizer: None if none came along; see `require_tokenizer`.
         description: for people, such as "run runs/a, step 2000".
-        fingerprint: SHA-256 of the config's and weights' files, and of the state control.
+        fingerprint: SHA-256 of the config's and weights' files, of the state control and of `num_steps`.
         seq_len: the length a run was trained on, or the longest that the model takes; None if unknown.
         step: of the checkpoint, if it is a run's.
         state_control: what a state control changes, by name.
+        num_steps: how often a recurrent core runs, if that was asked for.
     """
 
     name: str
@@ -51,6 +53,7 @@ class LoadedModel:
     seq_len: int | None = None
     step: int | None = None
     state_control: dict[str, float | int] = field(default_factory=dict)
+    num_steps: int | None = None
 
     @property
     def is_riverrun(self) -> bool:
@@ -93,6 +96,7 @@ def load_model(
     step: int | None = None,
     trust_remote_code: bool = False,
     state_control: str | None = None,
+    num_steps: int | None = None,
 ) -> LoadedModel:
     """Load a model for evaluation.
 
@@ -103,13 +107,14 @@ def load_model(
         dtype: "fp32", "bf16" or "fp16"; None: as in the files (a run's weights are fp32).
         step: which checkpoint of a run; None: the newest intact one.
         state_control: of its Mamba-2 layers, as `StateControl.parse` reads it; None: none.
+        num_steps: how often the core of a model of recurrent depth runs; None: as often as on average in training.
 
     Raises:
-        ValueError: nothing there, a run without that checkpoint, damaged files, a device this machine lacks, or a state
-            control of a model without Mamba-2 layers.
+        ValueError: nothing there, a run without that checkpoint, damaged files, a device this machine lacks, a state
+            control of a model without Mamba-2 layers, or a number of steps of one of fixed depth or below 1.
     """
     control = None if state_control is None else StateControl.parse(state_control)
-    shared, asked = _shared.get(), (str(spec), device, dtype, step, trust_remote_code, control)
+    shared, asked = _shared.get(), (str(spec), device, dtype, step, trust_remote_code, control, num_steps)
     if shared is not None and asked in shared:
         return shared[asked]
     target, kind = resolve_device(device), None if dtype is None else DTYPES[dtype]
@@ -126,6 +131,8 @@ def load_model(
     loaded.model.to(target).eval().requires_grad_(False)  # type: ignore[arg-type]
     if control is not None:
         loaded = _controlled(loaded, control)
+    if num_steps is not None:
+        loaded = _at_depth(loaded, num_steps)
     if shared is not None:
         shared[asked] = loaded
     return loaded
@@ -137,12 +144,38 @@ def _controlled(loaded: LoadedModel, control: StateControl) -> LoadedModel:
     if not settings:
         return loaded
     text = ",".join(f"{name}={value}" for name, value in settings.items())
+    return replace(_with(loaded, text), state_control=settings)
+
+
+def _at_depth(loaded: LoadedModel, num_steps: int) -> LoadedModel:
+    body = depth_body(loaded)
+    if num_steps < 1:
+        raise ValueError(f"num_steps={num_steps} must be at least 1 iteration of the core")
+    body.depth = replace(body.depth, mean_recurrence=num_steps)
+    return replace(_with(loaded, f"num_steps={num_steps}"), num_steps=num_steps)
+
+
+def _with(loaded: LoadedModel, text: str) -> LoadedModel:
+    """Named and identified as a model that `text` changes."""
     return replace(
         loaded,
         description=f"{loaded.description}, with {text}",
         fingerprint=hashlib.sha256(f"{loaded.fingerprint} {text}".encode()).hexdigest(),
-        state_control=settings,
     )
+
+
+def depth_body(loaded: LoadedModel) -> DepthModel:
+    """The body of a model of recurrent depth.
+
+    Raises:
+        ValueError: the model is none.
+    """
+    body = getattr(loaded.model, "model", None)
+    if not isinstance(body, DepthModel):
+        raise ValueError(
+            f"{loaded.description} has no recurrent core (model.depth), whose iterations num_steps counts: leave it out"
+        )
+    return body
 
 
 def resolve_device(device: str) -> torch.device:
@@ -187,7 +220,7 @@ def _load_run(folder: Path, dtype: torch.dtype | None, step: int | None) -> Load
         load_tokenizer(str(tokenizer)) if tokenizer.is_dir() else None,
         f"run {folder}, step {step}",
         _sha256([folder / "config.json", manifest]),  # the manifest has the checksums of all weights
-        _trained_length(folder),
+        trained_length(folder),
         step,
     )
 
@@ -233,7 +266,8 @@ def _download(name: str, trust_remote_code: bool) -> Path:
         raise ValueError(f"there is no folder {name}, and no model of that name could be fetched: {reason}") from error
 
 
-def _trained_length(run_dir: Path) -> int | None:
+def trained_length(run_dir: Path) -> int | None:
+    """Tokens a row of a run; None if it has no recipe."""
     try:
         return tomllib.loads((run_dir / "config.toml").read_text(encoding="utf-8"))["data"]["seq_len"]
     except (FileNotFoundError, KeyError):

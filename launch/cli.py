@@ -11,6 +11,7 @@ from riverrun.launch.commands import (
     bench,
     bench_checkpoint,
     bench_context,
+    bench_samplers,
     cola,
     compare,
     config,
@@ -27,6 +28,7 @@ from riverrun.launch.commands import (
     repetition,
     report,
     reshard,
+    retrofit,
     status,
     stop,
     study,
@@ -105,12 +107,14 @@ app.command("study", rich_help_panel=MODELS)(study.study)
 app.command("report", rich_help_panel=MODELS)(report.report)
 app.command("generate", rich_help_panel=MODELS)(generate.generate)
 app.command("reshard", rich_help_panel=MODELS)(reshard.reshard)
+app.command("retrofit", rich_help_panel=MODELS)(retrofit.retrofit)
 app.command("export", rich_help_panel=MODELS)(export.export)
 app.command("import", rich_help_panel=MODELS)(export.import_)
 app.command("doctor", rich_help_panel=MACHINE)(doctor.doctor)
 app.command("bench", rich_help_panel=MACHINE)(bench.bench)
 app.command("bench-checkpoint", rich_help_panel=MACHINE)(bench_checkpoint.bench_checkpoint)
 app.command("bench-context", rich_help_panel=MACHINE)(bench_context.bench_context)
+app.command("bench-samplers", rich_help_panel=MACHINE)(bench_samplers.bench_samplers)
 app.command("quickstart", rich_help_panel=MACHINE)(quickstart.quickstart)
 
 

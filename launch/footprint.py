@@ -283,15 +283,28 @@ def block_footprint(options: ModelOptions, mixer: str, tp: int, dtype: torch.dty
     Raises:
         ValueError: the model's sizes do not divide among `tp` ranks.
     """
-    single, row = replace(options, num_hidden_layers=1, layer_pattern=(mixer,)), TOKENS // tp * tp
-    single = replace(single, attention=replace(options.attention, window=None))  # flash kernels save the same in one
-    passes, kept, entered = [], [], []
+    single = replace(options, num_hidden_layers=1, layer_pattern=(mixer,), depth=None)
+    return trace(single, tp, dtype, lambda body, layout, like: partial(body.layers[0], layout=layout))
+
+
+def trace(
+    options: ModelOptions,
+    tp: int,
+    dtype: torch.dtype,
+    part: Callable[[Any, Layout, torch.Tensor], Callable[[torch.Tensor], torch.Tensor]],
+) -> Footprint:
+    """Of a part of a model with these options, one rank's.
+
+    Args:
+        part: (the model between tokens and head, layout, a hidden state) → the function to trace, of a hidden state.
+    """
+    options, row = replace(options, attention=replace(options.attention, window=None)), TOKENS // tp * tp
+    passes, kept, entered = [], [], []  # without windows: flash kernels save the same in one
     for rows in (2, 3):  # of one row some copies are none
         with _fakes():
-            block = _shard(single, tp, dtype).model.layers[0]
-            layout = _layout(single, rows, row, dtype)
+            body, layout = _shard(options, tp, dtype).model, _layout(options, rows, row, dtype)
             shape = (rows, row, options.hidden_size) if tp == 1 else (rows * row // tp, options.hidden_size)
-            passes.append(_run(partial(block, layout=layout), shape, dtype))
+            passes.append(_run(part(body, layout, torch.empty(shape, dtype=dtype)), shape, dtype))
         kept.append(passes[-1][2])
         entered.append(prod(shape) * dtype.itemsize)
     forward, backward = (_back(_join(two, three)) for two, three in zip(passes[0][:2], passes[1][:2]))

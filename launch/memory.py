@@ -14,6 +14,11 @@ rank and d = dp · cp ranks that share a copy of them; 2 bytes are of bf16, and 
 
 Activations come from `launch/footprint.py`, and are put together over the layers as training does: the forward pass
 stacks up what each block saves, the backward pass takes it down. The peak is the largest of those moments.
+
+Of layers that run several times (`model.depth`, `model.universal`) the passes with a gradient stack up, as many as
+there can be; those without leave nothing. Under recompute an iteration of a core keeps its state alone, and all of its
+layers are computed again before its backward pass. Autograd adds up the gradients of all passes before a hook gets
+them: the repeated parameters' gradients are alive meanwhile, in the weights' type.
 """
 
 from collections.abc import Iterator
@@ -22,7 +27,8 @@ from functools import lru_cache
 
 import torch
 
-from riverrun.launch.footprint import block_footprint, head_footprint
+from riverrun.launch.footprint import head_footprint
+from riverrun.launch.units import units
 from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.options import ModelOptions
 from riverrun.modeling.parallel.sharding import meta_model, parameter_plan
@@ -140,6 +146,7 @@ class Held:
     muon: int  # of them trained by Muon, which has one moment instead of two
     largest: int
     embedding: int
+    repeated: int  # of the layers that run several times on a micro batch
 
 
 @lru_cache(maxsize=64)
@@ -165,6 +172,7 @@ def parameters(options: ModelOptions, tp: int, muon: bool = False) -> Held:
         muon=sum(n for name, n in sizes.items() if params[name] in orthogonal),
         largest=max(sizes.values()),
         embedding=embedding,
+        repeated=sum(n for name, n in sizes.items() if name.startswith("model.core.")),
     )
 
 
@@ -208,37 +216,24 @@ def moments(recipe: Recipe, layout: Layout) -> Iterator[Memory]:
         "optimizer": of_adam / ranks,
         "carried": carried(recipe, layout),
     }
-    gathered = {1: 0, 2: 0, 3: size * min(P, LIVE) + 4 * BUCKET}[stage]
+    live = min(P, max(LIVE, held.repeated))  # what runs several times is gathered as a whole
+    gathered = {1: 0, 2: 0, 3: size * live + 4 * BUCKET}[stage]
     buckets = 2 if stage == 2 and recipe.engine.overlap_comm else 1  # one is filled while the other is reduced
     reducing = gathered + {1: 0, 2: size * BUCKET * buckets + 4 * bucket, 3: 4 * bucket}[stage]
 
     tokens = layout.micro_batch * recipe.data.seq_len // layout.cp
-    blocks = [block_footprint(options, mixer, layout.tp, dtype) for mixer in options.layers]
     once = rotary(options, tokens, dtype)
     kept = once + 6 * 8 * tokens  # tokens, targets, positions, documents: int64
     tied = size * held.embedding if options.tie_word_embeddings else 0  # the head's gradient waits for the embedding's
-    below = []
-    for block in blocks:
-        below.append(kept)
-        kept += block.entered(tokens) if layout.recompute else block.saved(tokens)
-
-    def during(moment: str, activations: float, peak: tuple[float, float], own: float, **more: float) -> Memory:
-        """A block at work: `peak` counts its `own` saved bytes, which are among `activations`."""
-        high, inside = peak
-        return Memory(moment, **static, activations=activations, working=high - inside - own, states=inside, **more)
-
-    for i, (block, mixer) in enumerate(zip(blocks, options.layers)):
-        rows = tokens / block.row
-        name = f"block {i} ({mixer})"
-        forward, inside = block.forward.peak(rows)
-        yield during(f"forward of {name}", below[i], (forward, inside), 0, exchange=gathered)
-        grown = tokens * options.hidden_size * size / layout.tp  # the gradient of its output, while it is recomputed
-        if layout.recompute:
-            again = (forward + grown, inside)
-            yield during(f"recompute of {name}", below[i], again, 0, exchange=gathered, loss=tied)
-        own = block.entered(tokens) if layout.recompute else block.saved(tokens)
-        backward = block.backward.peak(rows)
-        yield during(f"backward of {name}", below[i] + own, backward, own, exchange=reducing, loss=tied)
+    state = tokens * options.hidden_size * size / layout.tp
+    for unit in units(options, layout.tp, dtype, layout.recompute):
+        # of the repeated parameters, and of what each iteration is given besides its state
+        added = size * held.repeated + state if unit.repeated else 0
+        for moment in unit.moments(tokens, grown=state, added=added):
+            memory = {"activations": kept + moment.kept, "working": moment.working, "states": moment.inside}
+            more = {"exchange": reducing if moment.backward else gathered, "loss": tied if moment.late else 0}
+            yield Memory(moment.name, **static, **memory, **more)
+        kept += unit.kept(tokens) + (state if unit.beside else 0)
     head = head_footprint(options, layout.tp, dtype, tokens)
     for name, step in (("forward of the loss", head.forward), ("backward of the loss", head.backward)):
         yield Memory(name, **static, exchange=reducing, activations=kept, loss=step.peak(tokens / head.row)[0])

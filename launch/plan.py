@@ -6,7 +6,8 @@ Memory is `launch/memory.py`'s. Time is a roofline, in seconds of one optimiser 
     device = products + mixing + traffic + steps through time + tensor-parallel and context-parallel exchange
 
 - products: the FLOPs of weight matrices, those that MFU counts (`flops_per_token`), at `PRODUCTS` of the GPU's peak:
-  forward, twice that backward, and once more what is computed again: blocks under recompute, logits under tp.
+  forward, twice that backward, and once more what is computed again: blocks under recompute, logits under tp. Layers
+  that run several times count as often as they do on average (`launch/passes.py`).
 - mixing: the mixers' own FLOPs (`mixing_flops`) at `MIXING` of the peak; cells that step through time take `STEPS`.
 - traffic: bytes of all operators that are no products with weights (`launch/footprint.py`) at `TRAFFIC` of the speed of
   the GPU's memory.
@@ -25,8 +26,10 @@ from functools import lru_cache
 from itertools import product
 from math import ceil, isqrt
 
-from riverrun.launch.footprint import block_footprint, head_footprint
+from riverrun.launch.footprint import head_footprint
 from riverrun.launch.memory import GIB, Layout, Memory, kind, parameters, predict
+from riverrun.launch.passes import inference_passes, most_graded, passes, work
+from riverrun.launch.units import footprints
 from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.mixers import MIXERS
 from riverrun.modeling.options import ModelOptions
@@ -108,24 +111,21 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Flops:
-    """Of the forward pass, a token; training has three times that.
+    """A token's.
 
     Attributes:
-        matrices: products with weights, the head's among them.
+        matrices: of the forward pass, products with weights, the head's among them.
         mixing: what the mixers compute beyond that, at the recipe's length, by mixer.
+        training: what MFU counts, without recompute: three times the forward pass, but where that has no gradient.
     """
 
     matrices: float
     mixing: dict[str, float]
+    training: float
 
     @property
     def forward(self) -> float:
         return self.matrices + sum(self.mixing.values())
-
-    @property
-    def training(self) -> float:
-        """What MFU counts: recompute is not in it."""
-        return 3 * self.forward
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,10 @@ def flops(options: ModelOptions, seq_len: int) -> Flops:
     """From the model's own count (`flops_per_token`, `mixing_flops`)."""
     model = meta_model(RiverrunConfig.from_options(options))
     mixing = dict.fromkeys(options.layers, 0.0)
-    for mixer, block in zip(options.layers, model.model.layers):
-        mixing[mixer] += block.mixer.mixing_flops(seq_len)
-    return Flops(model.flops_per_token(seq_len) - sum(mixing.values()), mixing)
+    for mixer, block, often in zip(options.layers, model.model.layers, inference_passes(options)):
+        mixing[mixer] += often * block.mixer.mixing_flops(seq_len)
+    forward = model.flops_per_token(seq_len)
+    return Flops(forward - sum(mixing.values()), mixing, model.training_flops_per_token(seq_len))
 
 
 def estimate(recipe: Recipe, layout: Layout, cluster: Cluster) -> Estimate:
@@ -181,40 +182,46 @@ def _micro_batch(recipe: Recipe, layout: Layout, cluster: Cluster) -> dict[str, 
     """Seconds of a micro batch, by part."""
     options, dtype, gpu = recipe.model, kind(recipe), cluster.gpu
     T, tp, cp = recipe.data.seq_len, layout.tp, layout.cp
-    tokens, again = layout.micro_batch * T // cp, int(layout.recompute)
+    tokens = layout.micro_batch * T // cp
     peak = gpu.peak if recipe.train.dtype == "bf16" else gpu.peak_fp32
-    count = flops(options, T)
 
     head = 2.0 * options.vocab_size * options.hidden_size
-    products = (count.matrices - head) * (3 + again) + head * (3 if tp == 1 else 4)
-    mixing = 0.0
-    for mixer, value in count.mixing.items():
-        if mixer not in STEPS:  # recurrences over context-parallel ranks first find their states (docs/parallelism.md)
-            more = 0 if mixer == "attention" else min(cp - 1, 2)
-            split = mixer == "gated_delta" and options.gated_delta.allow_neg_eigval
-            mixing += value * (3 + again + more) / (SPLIT if split else MIXING.get(mixer, OTHERS))
+    products, mixing = head * (3 if tp == 1 else 4), 0.0
+    for part in work(options, T):
+        forward, backward = part.passes.ways(layout.recompute)
+        products += part.matrices * (forward + 2 * backward)
+        if part.mixer is not None and part.mixer not in STEPS:
+            # recurrences over context-parallel ranks first find their states (docs/parallelism.md)
+            finding = 0 if part.mixer == "attention" else min(cp - 1, 2) / 3
+            more = finding * (part.passes.forward + 2 * part.passes.backward)
+            split = part.mixer == "gated_delta" and options.gated_delta.allow_neg_eigval
+            of_peak = SPLIT if split else MIXING.get(part.mixer, OTHERS)
+            mixing += part.mixing * (forward + 2 * backward + more) / of_peak
     moved = stepped = operators = 0.0
-    for mixer in options.layers:
-        block = block_footprint(options, mixer, tp, dtype)
+    for block, often in footprints(options, tp, dtype):
+        forward, backward = often.ways(layout.recompute)
         rows = tokens / block.row
-        moved += block.forward.moved(rows) * (1 + again) + block.backward.moved(rows)
-        operators += block.forward.operators(1) * (1 + again) + block.backward.operators(1)
+        moved += block.forward.moved(rows) * forward + block.backward.moved(rows) * backward
+        operators += block.forward.operators(1) * forward + block.backward.operators(1) * backward
+    for mixer, often in zip(options.layers, passes(options)):
         if mixer in STEPS:
+            forward, backward = often.ways(layout.recompute)
             forward_step, backward_step = STEPS[mixer]  # whole rows: context-parallel ranks wait for each other
             heads = ceil(layout.micro_batch / 16) * getattr(options, mixer).inner_size(options.hidden_size) / 64 / tp
-            stepped += ceil(heads / 132) * T * (forward_step * (1 + again) + backward_step)
+            stepped += ceil(heads / 132) * T * (forward_step * forward + backward_step * backward)
     loss = head_footprint(options, tp, dtype, tokens)
     for way in (loss.forward, loss.backward):
         moved += way.moved(tokens / loss.row)
         operators += way.operators(tokens / loss.row)
     held = parameters(options, tp)
     moved += 18.0 * held.numel  # each gradient, 2 bytes, to fp32 and added to the sum of the step
+    moved += 3.0 * dtype.itemsize * held.repeated * (most_graded(options) - 1)  # those of one weight added up
 
     seconds = {
         "products": products * tokens / tp / (PRODUCTS * peak),
         "mixing": mixing * tokens / tp / peak + stepped,
         "traffic": moved / (TRAFFIC * gpu.bandwidth),
-        "tp": _tensor_parallel(options, tokens, layout, again, dtype.itemsize) / gpu.nvlink,
+        "tp": _tensor_parallel(options, tokens, layout, dtype.itemsize) / gpu.nvlink,
         "cp": _context_parallel(options, tokens, layout) / cluster.bandwidth(layout, cp, tp),
     }
     seconds["host"] = max(0.0, operators * LAUNCH - sum(seconds.values()))
@@ -238,21 +245,22 @@ def _step(recipe: Recipe, layout: Layout, cluster: Cluster) -> dict[str, float]:
     return {"zero": exchanged, "optimizer": moved / (TRAFFIC * cluster.gpu.bandwidth)}
 
 
-def _tensor_parallel(options: ModelOptions, tokens: int, layout: Layout, again: int, size: int) -> float:
+def _tensor_parallel(options: ModelOptions, tokens: int, layout: Layout, size: int) -> float:
     """Bytes over a rank's links: a gathering and a scattering sum of all tokens each sublayer and way."""
-    sublayers = options.num_hidden_layers * (2 if options.intermediate_size else 1)
-    passes = 2 * sublayers * (2 + again) + 4  # and embedding and head
-    return passes * tokens * options.hidden_size * size * (layout.tp - 1) / layout.tp
+    runs = sum(sum(often.ways(layout.recompute)) for often in passes(options))
+    exchanges = 2 * runs * (2 if options.intermediate_size else 1) + 4  # and embedding and head
+    return exchanges * tokens * options.hidden_size * size * (layout.tp - 1) / layout.tp
 
 
 def _context_parallel(options: ModelOptions, tokens: int, layout: Layout) -> float:
     """Bytes: attention's queries, keys, values and outputs by all-to-all each way, in bf16. States are small."""
-    layers = options.layers.count("attention")
-    if layout.cp == 1 or not layers:
+    of_layers = [often for mixer, often in zip(options.layers, passes(options)) if mixer == "attention"]
+    runs = sum(often.forward + often.backward for often in of_layers)
+    if layout.cp == 1:
         return 0.0
     o = options.attention
     channels = 2 * (o.num_heads + o.num_kv_heads) * o.head_dim
-    return layers * 2 * 2 * channels / layout.tp * tokens * (layout.cp - 1) / layout.cp
+    return runs * 2 * channels / layout.tp * tokens * (layout.cp - 1) / layout.cp
 
 
 # the search

@@ -24,6 +24,7 @@ class AttentionOptions:
     rope: bool = True  # rotary positions; False is "NoPE", common in hybrids
     rope_theta: float = 10_000.0
     qk_norm: Literal["none", "head", "full"] = "none"  # RMSNorm on q and k, per head or over the full width
+    qk_bias: bool = False  # learned biases of q and k (not of v), before their norms and rotation (Huginn)
 
     def resolve(self, hidden_size: int) -> "AttentionOptions":
         num_heads = self.num_heads or max(1, hidden_size // self.head_dim)

@@ -1,26 +1,26 @@
 """`RiverrunForCausalLM`: embedding, blocks, head. The model that trains is the model that is saved."""
 
 import math
-from collections import UserDict, UserList
+from collections import UserList
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from riverrun.kernels.linear_cross_entropy import linear_cross_entropy
-from riverrun.modeling.block import Block
 from riverrun.modeling.cache import RiverrunCache
 from riverrun.modeling.config import RiverrunConfig
-from riverrun.modeling.layers import RMSNorm
-from riverrun.modeling.layout import Layout, rotary_tables
+from riverrun.modeling.depth.counts import RecurrenceDistribution
+from riverrun.modeling.depth.model import DepthModel
+from riverrun.modeling.depth.universal import UniversalModel
+from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixers import MIXERS, States
 from riverrun.modeling.parallel.context import Context
-from riverrun.modeling.parallel.loss import sharded_cross_entropy, sharded_embedding
-from riverrun.modeling.parallel.mesh import ALONE, Axis
+from riverrun.modeling.parallel.loss import sharded_cross_entropy
+from riverrun.modeling.stack import RiverrunModel
 
 # what transformers calls the cache in a model's output: the first from 5.24 on
 _CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__)
@@ -41,76 +41,6 @@ class CausalLMOutput(CausalLMOutputWithPast):
     states: list[States] | None = None
 
 
-class RiverrunModel(nn.Module):
-    """Token embedding, the blocks and the final norm."""
-
-    tp: Axis = ALONE
-
-    def __init__(self, config: RiverrunConfig):
-        super().__init__()
-        self.options = config.options
-        self.embed_tokens = nn.Embedding(self.options.vocab_size, self.options.hidden_size)
-        self.layers = nn.ModuleList(Block(self.options, mixer) for mixer in self.options.layers)
-        self.norm = RMSNorm(self.options.hidden_size, self.options.norm_eps)
-        self.recompute = False
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        layout: Layout,
-        cache: RiverrunCache | None = None,
-        states: UserList | None = None,
-    ) -> torch.Tensor:
-        """input_ids (B, T) → hidden states (B, T, hidden_size) after the final norm.
-
-        `cache` is updated in place. In training, `states` are what recurrent layers start the rows from, and are
-        replaced by those after them, detached; layers of attention have none.
-
-        Under tensor parallelism they are (B·T / tp.size, hidden_size), of this rank's part of the tokens.
-        """
-        if self.tp.size == 1:
-            x = self.embed_tokens(input_ids)
-        else:
-            x = sharded_embedding(input_ids, self.embed_tokens.weight, self.tp)
-        self._prepare_attention(layout, cache, x.dtype)
-        for i, block in enumerate(self.layers):
-            if cache is not None:
-                x = block(x, layout, cache.layers[i])
-            elif states is not None and self.options.layers[i] != "attention":
-                x, after = self._carry(block, x, layout, states[i])
-                states[i] = {name: state.detach() for name, state in after.items()}
-            elif self.recompute and self.training:
-                x = checkpoint(block, x, layout, use_reentrant=False)
-            else:
-                x = block(x, layout)
-        if cache is not None:
-            cache.advance(layout.positions, layout.sequence)
-        return self.norm(x)
-
-    def _carry(self, block: nn.Module, x: torch.Tensor, layout: Layout, before: States) -> tuple[torch.Tensor, States]:
-        """A block that starts from states: its output, and the states after the rows."""
-
-        def run(x: torch.Tensor) -> tuple[torch.Tensor, States]:
-            states: Any = UserDict(before)  # mixers write into theirs, and recomputing starts from `before` again
-            return block(x, layout, states), states.data
-
-        return checkpoint(run, x, use_reentrant=False) if self.recompute and self.training else run(x)
-
-    def _prepare_attention(self, layout: Layout, cache: RiverrunCache | None, dtype: torch.dtype) -> None:
-        """Rotary tables and the mask, once for all attention layers."""
-        if "attention" not in self.options.layer_pattern:
-            return
-        options = self.options.attention
-        past = cache.seen if cache is not None else 0
-        if options.window is not None:
-            past = min(past, options.window - 1)
-        valid = cache.valid[:, cache.valid.shape[1] - past :] if cache is not None and cache.valid is not None else None
-        if past:
-            layout.mask = layout.attention_mask(options.window, valid, past)
-        if options.rope:
-            layout.rope = rotary_tables(layout.positions, options.head_dim, options.rope_theta, dtype)
-
-
 class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
     """A language model over a `RiverrunConfig`; trains, decodes with a constant-size recurrent state, saves itself."""
 
@@ -118,7 +48,7 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     supports_gradient_checkpointing = False  # `set_recompute` instead
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _no_split_modules = ["Block"]
+    _no_split_modules = ["Block", "RecurrentCore"]
     _keep_in_fp32_modules_strict = [
         "A_log", "dt_bias", "D", "alpha_bias", "theta_bias", "eta_bias", "delta_bias", "gamma_bias", "feature_scale",
     ]  # fmt: skip
@@ -127,7 +57,9 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: RiverrunConfig):
         super().__init__(config)
-        self.model = RiverrunModel(config)
+        options = config.options
+        body = DepthModel if options.depth is not None else UniversalModel if options.universal else RiverrunModel
+        self.model: Any = body(options)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -147,6 +79,8 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
         context: Context | None = None,
         states: list[States] | None = None,
         prefix: torch.Tensor | int | None = None,
+        num_steps: int | tuple[int, int] | None = None,
+        row_keys: torch.Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> CausalLMOutput | tuple:
@@ -173,6 +107,16 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
                 In training only; the states after the rows are returned.
             prefix: how many of each row's first tokens, padding counted, prefix linear attention reads without
                 causality: a number, or (B,) of them. They must all be in the first call of a cache. None or 0: none.
+            num_steps: how often the core of a model of recurrent depth runs: r, or (n, k) iterations without and with
+                a gradient. Of r, the last `depth.backprop_depth` have a gradient in training mode, none have elsewhere.
+                None: `depth.mean_recurrence`.
+            row_keys: (B,) int64, what the core's initial states are drawn from, along with the tokens' places in their
+                rows. In training, where each row is to have its own. None: they follow from positions alone, so that a
+                text reads the same wherever it stands. Of a Universal Transformer, what the rows' offsets in training
+                are drawn from.
+
+        A Universal Transformer's `loss` counts what pondering costs, `model.universal.ponder_weight` times the mean
+        over targets of N + R; not that of `labels` in evaluation mode, from which perplexities are computed.
 
         Where several ranks share weights or rows, the loss is this rank's part: that of all is the sum over the ranks.
 
@@ -182,7 +126,8 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: labels and targets together; a packed batch with a filled cache; padding on the right; logits or
-                a cache of a model that several ranks share.
+                a cache of a model that several ranks share; `num_steps` or `row_keys` of a model of fixed depth, or
+                `states` of one of recurrent depth.
         """
         if labels is not None and targets is not None:
             raise ValueError("give either labels (shifted here) or targets (already shifted), not both")
@@ -199,7 +144,7 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
             )
         cache = past_key_values
         if cache is None and use_cache:
-            cache = RiverrunCache(self.config.num_hidden_layers)
+            cache = self.make_cache()
         if context is not None:
             layout = Layout.of_shard(context)
         else:
@@ -211,10 +156,16 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
         # DeepSpeed's stage 3 copies lists among arguments, and waits for gradients of tensors in lists and dicts there,
         # which states do not get: hence UserList and UserDict
         carried = None if states is None else UserList(states)
-        hidden = self.model(input_ids, layout, cache, carried)
+        hidden = self.model(input_ids, layout, cache, carried, **self._iterations(num_steps, row_keys))
+        hidden, pondering = hidden if isinstance(hidden, tuple) else (hidden, None)
         states = None if carried is None else carried.data
 
         if token_losses:
+            if pondering is not None and self.training and self.config.options.universal.ponder_weight:
+                raise ValueError(
+                    "the losses of single predictions leave out what pondering costs: set "
+                    "model.universal.ponder_weight=0, or train.objective='lm'"
+                )
             return CausalLMOutput(token_losses=self._token_losses(hidden, targets), states=states)
         logits = loss = cross_entropy = None
         if targets is None:
@@ -227,7 +178,10 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
                 out = linear_cross_entropy(hidden.flatten(0, 1), weight, targets, z_loss=z_loss)
             else:
                 out = sharded_cross_entropy(hidden, weight, targets, tp, z_loss=z_loss, ignore_index=-100)
-            loss = (out.loss + out.z_loss) / (out.num_targets if num_targets is None else num_targets)
+            loss = out.loss + out.z_loss
+            if pondering is not None and (self.training or labels is None):
+                loss = loss + self._ponder_loss(pondering, targets)
+            loss = loss / (out.num_targets if num_targets is None else num_targets)
             cross_entropy = out.loss.detach()
         result = CausalLMOutput(
             loss=loss,
@@ -237,6 +191,24 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
             **{_CACHE: cache},  # type: ignore[arg-type]
         )
         return result.to_tuple() if return_dict is False else result
+
+    def _iterations(self, num_steps: int | tuple[int, int] | None, row_keys: torch.Tensor | None) -> dict[str, Any]:
+        """What a body of recurrent depth is given besides, and one of fixed depth is not."""
+        if isinstance(self.model, DepthModel):
+            return {"steps": self.model.depth.steps(num_steps, self.training), "row_keys": row_keys}
+        if self.config.options.universal is not None and num_steps is None:
+            return {"row_keys": row_keys}
+        if num_steps is not None or row_keys is not None:
+            raise ValueError(
+                "num_steps and row_keys are for models of recurrent depth (model.depth), whose core runs several "
+                "times: leave them out"
+            )
+        return {}
+
+    def _ponder_loss(self, cost: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The weighted cost of this rank's positions that have a target, of all targets (N,), summed."""
+        asked = targets[self.model.tp.share(len(targets))] != -100
+        return self.config.options.universal.ponder_weight * (cost.flatten() * asked).sum()
 
     def _token_losses(self, hidden: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
         assert targets is not None and self.model.tp.size == 1
@@ -287,26 +259,55 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.recompute = enabled
 
     def compile_blocks(self) -> None:
-        """torch.compile every block in place; parameter names stay as they are.
+        """torch.compile every block in place, of a core one iteration; parameter names stay as they are.
 
         Recurrent mixers stay eager: their chunk layout follows the documents of each batch, on the host.
         """
-        for block in self.model.layers:
-            if not block.mixer.traceable:
-                block.mixer.forward = torch.compiler.disable(block.mixer.forward)
-            block.compile()
+        self.model.compile_blocks()
 
     def flops_per_token(self, seq_len: int) -> float:
         """Forward FLOPs a token: 2 a matrix parameter (the head counted, the embedding look-up not) plus what the
-        mixers do beyond their matrices (`Mixer.mixing_flops`). Training costs three times that; recompute is not
-        counted, so that MFU is model FLOPs, not hardware FLOPs."""
-        matrices = sum(p.numel() for p in self.model.layers.parameters() if p.dim() >= 2)
-        matrices += self.lm_head.weight.shape[0] * self.lm_head.weight.shape[1]
-        return 2.0 * matrices + sum(block.mixer.mixing_flops(seq_len) for block in self.model.layers)
+        mixers do beyond their matrices (`Mixer.mixing_flops`), those of a core as often as it runs on average. Training
+        costs three times that where everything has a gradient; recompute is not counted, so that MFU is model FLOPs,
+        not hardware FLOPs."""
+        return 2.0 * self.lm_head.weight.shape[0] * self.lm_head.weight.shape[1] + self.model.flops_per_token(seq_len)
+
+    def training_flops_per_token(self, seq_len: int, num_steps: tuple[float, float] | None = None) -> float:
+        """FLOPs a token of training, without recompute: three times those of the forward pass, but for a core's
+        iterations without a gradient, which are only computed forward.
+
+        Args:
+            num_steps: (n, k) iterations without and with a gradient, if they are not those of the distribution's mean.
+        """
+        if not isinstance(self.model, DepthModel):
+            return 3 * self.flops_per_token(seq_len)
+        n, k = RecurrenceDistribution(self.model.depth).mean_steps if num_steps is None else num_steps
+        return 3 * (2.0 * self.lm_head.weight.numel() + self.model.flops_per_token(seq_len, iterations=k + n / 3))
 
     def state_bytes(self, seq_len: int) -> int:
         """Bytes of decoding state a sequence after `seq_len` tokens."""
-        return sum(block.mixer.state_bytes(seq_len) for block in self.model.layers)
+        return self.model.state_bytes(seq_len)
+
+    # decoding
+
+    def hidden_states(
+        self, input_ids: torch.Tensor, layout: Layout, cache: RiverrunCache | None = None
+    ) -> torch.Tensor:
+        """(B, T, hidden_size) of tokens after the final norm, which `lm_head` makes logits of."""
+        out = self.model(input_ids, layout, cache)
+        return out[0] if isinstance(out, tuple) else out
+
+    def make_cache(self, slots: int | None = None) -> RiverrunCache:
+        """An empty cache.
+
+        Args:
+            slots: of a core that runs several times, how many sets of states its iterations share, the t-th the set
+                t mod slots (see `modeling.depth.cache`); None: each has its own, as in the full forward.
+
+        Raises:
+            ValueError: `slots` below 1, or of a model of fixed depth.
+        """
+        return self.model.make_cache(slots)
 
     # transformers
 
@@ -316,27 +317,42 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
         if params and all(getattr(p, "_is_hf_initialized", False) for p in params):
             return  # loaded from a checkpoint
         if isinstance(module, nn.Linear | nn.Embedding):
-            options = self.config.options
-            std = options.initializer_range
-            if getattr(module, "writes_residual", False):  # so that the stream's variance does not grow with depth
-                std /= math.sqrt(options.num_hidden_layers * (2 if options.intermediate_size else 1))
-            nn.init.normal_(module.weight, std=std)
+            self._init_matrix(module.weight, getattr(module, "writes_residual", False))
         elif (reset := getattr(module, "reset_parameters", None)) is not None:
             reset()
+
+    def _init_matrix(self, weight: torch.Tensor, writes_residual: bool) -> None:
+        """Normal; where it writes into the residual stream, so small that its variance does not grow with depth.
+
+        Takase et al. (2023, arXiv 2312.16903) as Huginn has it (2502.05171, §4.1): σ² = 2/(5h), of what writes into the
+        stream 1/(5·h·layers), cut off at 3σ. Layers count as often as they run.
+        """
+        options = self.config.options
+        if options.initializer == "takase":
+            h = options.hidden_size
+            std = math.sqrt(1 / (5 * h * options.effective_layers) if writes_residual else 2 / (5 * h))
+            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+            return
+        std = options.initializer_range
+        if writes_residual:
+            std /= math.sqrt(options.effective_layers * (2 if options.intermediate_size else 1))
+        nn.init.normal_(weight, std=std)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # generate() leaves the cache to `forward`
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids, past_key_values=None, attention_mask=None, use_cache=True, prefix=None, cache=None, **kwargs
-    ):
+        self, input_ids, past_key_values=None, attention_mask=None, use_cache=True, prefix=None, num_steps=None,
+        cache=None, **kwargs,
+    ):  # fmt: skip
         cache = past_key_values if cache is None else cache  # the name from transformers 5.24 on
         fresh = cache is None or cache.seen == 0
         if not fresh:
             input_ids = input_ids[:, cache.seen :]
         return {
             "prefix": prefix if fresh else None,
+            "num_steps": num_steps,
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "past_key_values": cache,

@@ -58,6 +58,13 @@ class StatePassingConfig(Section):
     segment_rows: Annotated[int, Field(ge=2)] = 12  # tbtt only: rows read one after the other, before another place
 
 
+class RecurrenceConfig(Section):
+    """Of models with `[model.depth]`, see `riverrun.train.recurrence`."""
+
+    ramp_steps: NonNegativeInt = 0  # over which the number of iterations grows to its mean; 0: it is there at once
+    eval_steps: list[PositiveInt] = []  # numbers of iterations that evaluations are done at besides the mean
+
+
 class TrainConfig(Section):
     steps: PositiveInt = 1000  # optimiser steps
     global_batch_size: PositiveInt = 64  # rows of data.seq_len tokens a step, over all ranks
@@ -71,6 +78,7 @@ class TrainConfig(Section):
     ditto: DittoConfig = DittoConfig()
     jrt: JRTConfig = JRTConfig()
     state_passing: StatePassingConfig = StatePassingConfig()
+    recurrence: RecurrenceConfig = RecurrenceConfig()
     init_from: str | None = None  # a run, a checkpoint or an export whose weights a new run starts from
     log_every: PositiveInt = 10  # steps between records in metrics.jsonl; the loss is averaged over them
     eval_every: NonNegativeInt = 0  # steps between evaluations on data.held_out, from step 0 on; 0: only at the end
@@ -199,9 +207,16 @@ class Recipe(Section):
                 found.append(
                     f"train.z_loss belongs to train.objective='lm': set train.z_loss=0 for {train.objective!r}"
                 )
+            looped = self.model.universal
+            if looped is not None and looped.halting == "act" and looped.ponder_weight:
+                found.append(
+                    "model.universal.ponder_weight belongs to train.objective='lm': set it to 0 for "
+                    f"{train.objective!r}"
+                )
         found += self._jrt_problems()
         if train.state_passing.mode != "off":
             found += self._state_passing_problems()
+        found += self._recurrence_problems()
         if self.optimizer.name == "muon" and tp > 1:
             found.append("optimizer.name='muon' orthogonalises whole matrices: it needs parallel.tp=1, or use adamw")
         if schedule.warmup_steps >= train.steps:
@@ -278,6 +293,16 @@ class Recipe(Section):
                 f"train.state_passing.mode={mode!r} needs recurrent layers, and model.layer_pattern has none: set "
                 "it to 'off'"
             )
+        if self.model.depth is not None:
+            found.append(
+                f"train.state_passing.mode={mode!r} cannot be had with [model.depth], whose iterations have states of "
+                "their own, and steps unlike many of them: set it to 'off'"
+            )
+        if self.model.universal is not None:
+            found.append(
+                f"train.state_passing.mode={mode!r} cannot be had with [model.universal], whose steps have states of "
+                "their own: set it to 'off'"
+            )
         if self.parallel.tp > 1 or self.parallel.cp > 1:
             found.append(
                 f"train.state_passing.mode={mode!r} keeps the states of whole rows and layers on a rank: set "
@@ -289,6 +314,23 @@ class Recipe(Section):
                 f"it to 'off' for {self.train.objective!r}"
             )
         return found
+
+    def _recurrence_problems(self) -> list[str]:
+        recurrence = self.train.recurrence
+        if self.model.depth is None:
+            given = [name for name, value in recurrence if value]
+            return [
+                f"train.recurrence.{name} belongs to models with recurrent depth: leave it out, or add a table "
+                "[model.depth]"
+                for name in given
+            ]
+        if recurrence.ramp_steps > self.train.steps:
+            return [
+                f"train.recurrence.ramp_steps={recurrence.ramp_steps} must be at most train.steps={self.train.steps}, "
+                f"or the mean depth is never reached: set train.recurrence.ramp_steps={self.train.steps // 4} or train "
+                "longer"
+            ]
+        return []
 
     def _taps(self) -> list[int]:
         return [getattr(getattr(self.model, mixer), "conv_kernel", 1) for mixer in set(self.model.layer_pattern)]

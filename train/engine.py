@@ -52,6 +52,7 @@ class Update:
 
 
 Judge = Callable[[float], bool]  # of the gradient's norm: whether the step must be skipped
+Observe = Callable[[Batch, torch.Tensor], None]  # is given every micro batch, and this rank's part of its summed losses
 
 
 class Engine:
@@ -110,7 +111,7 @@ class Engine:
         self.module: nn.Module = self._deepspeed.module
         self._check(optimizer, train)
 
-    def accumulate(self, batches: Sequence[Batch]) -> torch.Tensor:
+    def accumulate(self, batches: Sequence[Batch], observe: Observe = lambda batch, sums: None) -> torch.Tensor:
         """Forward and backward of this rank's micro batches of one step.
 
         Returns:
@@ -130,6 +131,7 @@ class Engine:
             self._deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
             loss, parts = self._losses(batch, normalisers, index * len(batch.input_ids))
             summed += parts
+            observe(batch, parts)
             # a loss that is not finite must not leave finite gradients: the whole step is to be skipped
             poison = torch.where(loss.detach().isfinite(), 1.0, float("nan"))
             self._deepspeed.backward(loss * poison, scale_wrt_gas=False)
@@ -177,11 +179,16 @@ class Engine:
         return Update(asked[0] if asked else float("nan"), skipped)
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> torch.Tensor:
-        """This rank's part of the batch's summed cross-entropy, in nats: a float64 scalar on the device."""
+    def evaluate(self, batch: Batch, num_steps: int | None = None) -> torch.Tensor:
+        """This rank's part of the batch's summed cross-entropy, in nats: a float64 scalar on the device.
+
+        Args:
+            num_steps: iterations of a recurrent-depth model; None: its mean.
+        """
+        options = {} if num_steps is None else {"num_steps": num_steps}
         self.module.eval()
         try:
-            return self._forward(batch, num_targets=1).cross_entropy.double()
+            return self._forward(batch, num_targets=1, **options).cross_entropy.double()
         finally:
             self.module.train()
 
@@ -284,6 +291,10 @@ class Engine:
             options["context"] = Context.of_rows(cp, rows, length, batch.cu_seqlens.tolist(), device, *methods)
             batch = batch.shard(cp.share(length)).to(device)
         options |= self.objective.model_inputs(batch)
+        if batch.num_steps is not None:
+            options["num_steps"] = batch.num_steps
+        if batch.row_keys is not None:
+            options["row_keys"] = batch.row_keys
         return self._deepspeed(input_ids=batch.input_ids, targets=batch.targets, **options)
 
     def _save_file(self, state_dict: Any, path: str) -> None:

@@ -20,14 +20,15 @@ from riverrun.modeling.parallel.sharding import meta_model, parameter_plan
 from riverrun.train import checkpoint, manifest
 from riverrun.train.data.tokenizer import CONFIG, Tokenizer, load_tokenizer
 
-MAY_DIFFER = {  # how weights are drawn, how recurrences are computed, how far attention looks
-    "initializer_range", "A_init_min", "A_init_max", "dt_min", "dt_max", "dt_floor", "recurrent_init",
+MAY_DIFFER = {  # how weights are drawn, how recurrences are computed and how often, how far attention looks
+    "initializer", "initializer_range", "A_init_min", "A_init_max", "dt_min", "dt_max", "dt_floor", "recurrent_init",
     "forget_bias_min", "forget_bias_max", "chunk_size", "tolerance", "window", "rope_theta",
+    "mean_recurrence", "backprop_depth", "sampling", "sigma", "state_std",
 }  # fmt: skip
 
 
-def locate(init_from: str) -> Path:
-    """The checkpoint, or the folder in Hugging Face's layout, that `train.init_from` means; of a run, its newest intact
+def locate(init_from: str, option: str = "train.init_from") -> Path:
+    """The checkpoint, or the folder in Hugging Face's layout, that `option` means; of a run, its newest intact
     checkpoint.
 
     Raises:
@@ -36,16 +37,25 @@ def locate(init_from: str) -> Path:
     folder = Path(init_from)
     if (folder / "trainer.json").is_file():
         if (wrong := manifest.problem(folder)) is not None:
-            raise ValueError(f"train.init_from={init_from} is a damaged checkpoint: {wrong}")
+            raise ValueError(f"{option}={init_from} is a damaged checkpoint: {wrong}")
         return folder
     if checkpoint.folder_of(folder).is_dir():
         return checkpoint.find(folder)
     if (folder / "config.json").is_file() and not (folder / "config.toml").is_file():
         return folder
     raise ValueError(
-        f"train.init_from={init_from} has no weights: name a run folder with a checkpoint, a checkpoint, or an "
+        f"{option}={init_from} has no weights: name a run folder with a checkpoint, a checkpoint, or an "
         "exported model's folder"
     )
+
+
+def contents(found: Path) -> tuple[ModelOptions, Mapping[str, torch.Tensor]]:
+    """The model that `locate` found, and its whole weights by parameter name."""
+    if (found / "trainer.json").is_file():
+        options = ModelOptions.from_dict(checkpoint.read_state(found)["recipe"]["model"])
+        return options, checkpoint.open_weights(found)
+    config, weights = import_model(found)
+    return config.options, weights
 
 
 def read(found: Path, options: ModelOptions) -> Mapping[str, torch.Tensor]:
@@ -54,13 +64,7 @@ def read(found: Path, options: ModelOptions) -> Mapping[str, torch.Tensor]:
     Raises:
         ValueError: it is another model than that of `options`; every difference is listed.
     """
-    weights: Mapping[str, torch.Tensor]
-    if (found / "trainer.json").is_file():
-        there = ModelOptions.from_dict(checkpoint.read_state(found)["recipe"]["model"])
-        weights = checkpoint.open_weights(found)
-    else:
-        config, weights = import_model(found)
-        there = config.options
+    there, weights = contents(found)
     a, b = _leaves(there), _leaves(options)
     different = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
     different = [key for key in different if key.rpartition(".")[2] not in MAY_DIFFER]
@@ -87,11 +91,15 @@ def adopt(model: RiverrunForCausalLM, weights: Mapping[str, torch.Tensor], tp: A
 
 def tokenizer_of(init_from: str) -> Tokenizer | None:
     """The one that lies with the weights; None if none does."""
+    folder = tokenizer_folder(init_from)
+    return None if folder is None else load_tokenizer(folder)
+
+
+def tokenizer_folder(init_from: str) -> Path | None:
+    """Where that one lies."""
     folder = Path(init_from)
-    for place in (folder, folder / "tokenizer", folder.resolve().parent.parent / "tokenizer"):
-        if (place / CONFIG).is_file():
-            return load_tokenizer(place)
-    return None
+    places = (folder, folder / "tokenizer", folder.resolve().parent.parent / "tokenizer")
+    return next((place for place in places if (place / CONFIG).is_file()), None)
 
 
 def _leaves(options: ModelOptions) -> dict[str, Any]:

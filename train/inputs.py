@@ -14,6 +14,7 @@ from riverrun.train.data.tokenizer import Tokenizer, load_tokenizer
 from riverrun.train.distributed import Ranks
 from riverrun.train.objectives import make_objective
 from riverrun.train.objectives.objective import Objective
+from riverrun.train.recurrence import Recurrence, RowKeys
 from riverrun.train.state_passing import Carries
 
 
@@ -91,6 +92,8 @@ def open_inputs(recipe: Recipe, ranks: Ranks, before: dict[str, str] | None) -> 
         # nothing but attention takes longer for long documents; and rows that go on from states keep their places
         balance="attention" in recipe.model.layers and passing.mode == "off",
         carries=None if passing.mode == "off" else Carries(passing, train.seed, streams),
+        recurrence=None if (depth := recipe.model.depth) is None else Recurrence(depth, train.recurrence, train.seed),
+        row_keys=RowKeys(train.seed) if (looped := recipe.model.universal) and looped.random_offset else None,
     )
     shares = [weight / sum(weights) for weight in weights]
     held_out = None

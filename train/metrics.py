@@ -5,7 +5,7 @@ import json
 import math
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from riverrun.kernels.common.shooting import SolveStatistics, take_statistics
+from riverrun.modeling.depth.statistics import take_depth_statistics
 from riverrun.modeling.memory_statistics import take_memory_statistics
 from riverrun.train.config import LogConfig
 
@@ -62,7 +63,8 @@ class Window:
     losses: dict[str, list[float]] = field(default_factory=dict)  # of the objective: sum and count of each
     skipped: int = 0
     solves: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the nonlinear recurrences, by op
-    memories: dict[str, list[float]] = field(default_factory=dict)  # of neural memories: sum and count of each
+    memories: dict[str, list[float]] = field(default_factory=dict)  # and recurrent depth: sum and count of each
+    iterations: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # micro batches; sums of n and k; most n + k
 
     def add(self, losses: dict[str, tuple[float, float]], skipped: bool) -> None:
         """One step; the losses of a skipped one say nothing and are left out."""
@@ -76,8 +78,20 @@ class Window:
         self.solves = merge_solves(self.solves, taken)
 
     def add_memories(self) -> None:
-        """What the neural memories noted since the last call."""
-        self.memories = merge_sums(self.memories, take_memory_statistics())
+        """What neural memories and recurrent depth noted since the last call."""
+        self.memories = merge_sums(self.memories, take_memory_statistics(), take_depth_statistics())
+
+    def add_iterations(self, num_steps: Sequence[tuple[int, int]]) -> None:
+        """Those of a step's micro batches, without gradient and with it."""
+        count, without, graded, most = self.iterations
+        without, graded = without + sum(n for n, _ in num_steps), graded + sum(k for _, k in num_steps)
+        self.iterations = [count + len(num_steps), without, graded, max([most, *map(sum, num_steps)])]
+
+    @property
+    def mean_iterations(self) -> tuple[float, float] | None:
+        """Without gradient and with it, of a micro batch; None: the model's depth is fixed."""
+        count, without, graded, _ = self.iterations
+        return (without / count, graded / count) if count else None
 
     def means(self) -> dict[str, float | None]:
         """Nats per prediction of each loss; None where nothing counted."""
@@ -94,8 +108,15 @@ def merge_sums(*parts: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 def memory_metrics(memories: dict[str, list[float]]) -> dict[str, float]:
-    """Means; see `riverrun.modeling.memory_statistics`."""
+    """Means; see `riverrun.modeling.memory_statistics` and `riverrun.modeling.depth.statistics`."""
     return {name: value / count for name, (value, count) in memories.items() if count}
+
+
+def depth_metrics(window: Window) -> dict[str, float]:
+    """Mean and largest number of iterations, if the model's depth is recurrent."""
+    if (mean := window.mean_iterations) is None:
+        return {}
+    return {"depth_mean": sum(mean), "depth_max": window.iterations[-1]}
 
 
 def merge_solves(*parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

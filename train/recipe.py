@@ -122,9 +122,9 @@ def difference(a: Recipe, b: Recipe, ignore: Collection[str] = LABELS) -> list[s
     left, right = leaves(a), leaves(b)
     idle = unused(a) & unused(b)
     return [
-        f"{key}: {_shown(left[key])} there, {_shown(right[key])} here"
-        for key in left
-        if left[key] != right[key]
+        f"{key}: {_shown(left.get(key))} there, {_shown(right.get(key))} here"
+        for key in {**left, **right}  # a table that one of them leaves out has no keys there
+        if left.get(key) != right.get(key)
         and key not in idle
         and not any(key == skip or key.startswith(f"{skip}.") for skip in ignore)
     ]

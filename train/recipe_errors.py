@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from pydantic import BaseModel
 
@@ -137,9 +138,10 @@ def _wanted(error: Mapping[str, Any], key: str) -> str:
 
 
 def _example(key: str) -> str:
-    default = known_keys().get(re.sub(r"\[\d+\].*", "", key))
+    whole = re.sub(r"\[\d+\].*", "", key)
+    default = known_keys().get(whole)
     if default == []:
-        return f', for example {key}=["tokens/web"]'
+        return f", for example {whole}=" + ('["tokens/web"]' if whole == "data.train" else "[1, 8]")
     return "; leave it out for the default" if default is None else f", for example {key}={toml_value(default)}"
 
 
@@ -153,9 +155,15 @@ def _section(path: Sequence[str | int]) -> type | None:
 def _members(section: type) -> dict[Any, Any]:
     if is_dataclass(section):
         hints = get_type_hints(section)
-        return {f.name: hints[f.name] for f in fields(section)}
+        return {f.name: _given(hints[f.name]) for f in fields(section)}
     assert issubclass(section, BaseModel)
     return {name: field.annotation for name, field in section.model_fields.items()}
+
+
+def _given(kind: Any) -> Any:
+    """Of a table that may be left out, its type."""
+    kinds = [part for part in get_args(kind) if part is not NoneType]
+    return kinds[0] if len(kinds) == 1 and _is_section(kinds[0]) else kind
 
 
 def _is_section(kind: Any) -> bool:

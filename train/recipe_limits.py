@@ -13,6 +13,8 @@ LIMITS: dict[str, int] = {
     "model.hidden_size": 2**16,
     "model.num_hidden_layers": 2**10,
     "model.attention.window": LARGEST,
+    "model.depth.mean_recurrence": 2**10,
+    "model.universal.max_steps": 2**10,
     "data.seq_len": 2**31 - 1,
     "train.global_batch_size": 2**31 - 1,
     "train.micro_batch_size": 2**31 - 1,

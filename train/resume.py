@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "train.log_every",
     "train.eval_every",
     "train.eval_rows",
+    "train.recurrence.eval_steps",
     "schedule.decay_steps",
     "engine.device",
     "engine.zero_stage",

@@ -4,6 +4,7 @@ import contextlib
 import math
 import signal
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.model import RiverrunForCausalLM
 from riverrun.modeling.parallel.sharding import meta_model, parameter_plan
-from riverrun.train import checkpoint, metrics, outcome, plot, universal
+from riverrun.train import checkpoint, held_out, metrics, outcome, plot, universal
 from riverrun.train import engine as engines
 from riverrun.train.clock import Clock
 from riverrun.train.config import Recipe
 from riverrun.train.data.gaps import Gap, place_of, with_gap
+from riverrun.train.depth_monitor import LossByDepth, signature
 from riverrun.train.description import write_description
 from riverrun.train.distributed import Ranks
 from riverrun.train.guard import Diverged, Guard, Verdict
@@ -93,7 +95,8 @@ class Trainer:
         self.stops = StopRequests(run_dir if self.first else None)
         whole = meta_model(RiverrunConfig.from_options(recipe.model))
         parameters = sum(p.numel() for p in whole.parameters())
-        self.flops_per_token = 3 * whole.flops_per_token(recipe.data.seq_len)
+        self.flops_per_token = partial(whole.training_flops_per_token, recipe.data.seq_len)
+        self.loss_by_depth = LossByDepth(recipe.model.depth, ranks.mesh.leads)
         self.peak_flops = metrics.peak_flops(recipe.log, ranks.device, recipe.train.dtype)
 
         plan = parameter_plan(whole, ranks.mesh.tp.size)
@@ -188,12 +191,13 @@ class Trainer:
         self._phase("forward")
         factor = lr_factor(self.recipe.schedule, self.step, self.recipe.train.steps)
         objective, leads = self.inputs.objective, self.ranks.mesh.leads
-        summed = self.engine.accumulate(batches)
+        summed = self.engine.accumulate(batches, self.loss_by_depth)
         counts = [sum(part) if leads else 0 for part in zip(*map(objective.counts, batches))]
         flags = [self.interrupt.signal == number for number in SIGNALS]
         flags += [self.stops.asked() == reason for reason in outcome.REASONS]
         flags += [self.saver.written]
-        sums = torch.cat([summed, self.ranks.on_device([float(v) for v in (*counts, *flags)])])
+        drawn = signature(batches)
+        sums = torch.cat([summed, self.ranks.on_device([float(v) for v in (*counts, *flags, drawn)])])
         torch.distributed.all_reduce(sums)  # which nobody waits for here: the gradient's norm is, in the engine's step
         verdict: Verdict | None = None
         loss: float | None = None
@@ -210,6 +214,11 @@ class Trainer:
         assert self.engine.global_steps == self.step
         totals = sums.tolist()
         number = len(objective.names)
+        if totals[-1] != drawn * self.ranks.world_size:
+            raise ValueError(
+                f"the ranks of step {self.step} drew unlike numbers of iterations: start them all with the same recipe"
+            )
+        self.window.add_iterations([b.num_steps for b in batches if b.num_steps is not None])
         self.window.add(dict(zip(objective.names, zip(totals[:number], totals[number:]))), update.skipped)
         self.last_update, self.last_factor = update, factor
         self.clock.count(self.recipe.train.global_batch_size * self.recipe.data.seq_len)
@@ -221,7 +230,7 @@ class Trainer:
             self.ranks.set_timeout(self.recipe.engine.collective_timeout_minutes)
         if self.replicas is not None and self.step % self.recipe.guard.replicas_every == 0:
             self._compare_replicas(self.replicas)
-        asked = totals[2 * number :]
+        asked = totals[2 * number : -1]
         if asked[-1] == self.ranks.world_size:
             self._finish_save()
         what = next((what for what, ranks in zip((*SIGNALS, *outcome.REASONS), asked) if ranks), None)
@@ -320,6 +329,7 @@ class Trainer:
         speed = self.clock.tokens_per_second()
         device_speed = speed / self.ranks.world_size
         update, loss = self.last_update, losses.pop("loss", None)
+        flops = self.flops_per_token(window.mean_iterations)
         self.records.write(
             {
                 "kind": "train",
@@ -331,47 +341,27 @@ class Trainer:
                 "lr": self.last_factor * self.recipe.optimizer.lr,
                 "grad_norm": None if update.skipped else update.grad_norm,
                 "tokens_per_second": speed,
-                "mfu": device_speed * self.flops_per_token / self.peak_flops if self.peak_flops else None,
+                "mfu": device_speed * flops / self.peak_flops if self.peak_flops else None,
                 "memory_gib": metrics.peak_memory_gib(self.ranks.device),
                 "skipped": window.skipped,
                 **metrics.solver_metrics(solves),
                 **metrics.memory_metrics(memories),
+                **metrics.depth_metrics(window),
             }
         )
 
     def _evaluate(self) -> None:
-        """The loss on the first `eval_rows` rows of the held-out store: the same rows every time."""
+        """The loss on the first `eval_rows` rows of the held-out store, at other numbers of iterations too if asked."""
         if self.inputs.held_out is None:
             return
         with self.clock.paused():
             self._phase("evaluate")
-            summed = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-            targets = 0
-            batches = list(self.inputs.held_out.batches())
-            rounds = len(batches)
-            if self.recipe.engine.zero_stage == 3:  # every forward is a collective: no rank may stop before the others
-                rounds = max(self.ranks.gather(rounds))
-            for index in range(rounds):
-                self._phase("evaluate")
-                value = self.engine.evaluate(batches[min(index, len(batches) - 1)])
-                if index < len(batches):
-                    summed += value
-                    targets += batches[index].num_targets if self.ranks.mesh.leads else 0
-            total, count = self.ranks.total(summed.item(), targets)
-            if not (self.first and count):
+            alive = partial(self._phase, "evaluate")
+            found = held_out.measure(self.engine, self.recipe, self.inputs, self.ranks, alive)
+            if not self.first or found is None:
                 return
-            loss = total / count
-            self.records.write(
-                {
-                    "kind": "held_out",
-                    "step": self.step,
-                    "tokens": self._tokens(),
-                    "loss": loss,
-                    "perplexity": math.exp(min(loss, 700)),
-                    "bits_per_byte": self._bits(loss, self.inputs.held_out_bytes_per_token),
-                }
-            )
-            if self.saved_step >= 0 and math.isfinite(loss):
+            self.records.write({"kind": "held_out", "step": self.step, "tokens": self._tokens(), **found})
+            if self.saved_step >= 0 and math.isfinite(found["loss"]):
                 with contextlib.suppress(OSError):  # a full disk: the one noted before stays good
                     checkpoint.mark_good(self.run_dir, self.saved_step)
 

@@ -6,7 +6,6 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from riverrun.eval.decoding.generate import PREFILL_CHUNK, check_prefix
 from riverrun.eval.decoding.stream import continuation
 from riverrun.eval.models import LoadedModel
-from riverrun.modeling.cache import RiverrunCache
 from riverrun.modeling.model import RiverrunForCausalLM
 
 
@@ -45,7 +44,7 @@ def complete(
     ends = torch.tensor([width - len(prompt) + min(len(prompt), prefix) for prompt in prompts])
     cache, whole = None, prefix > 0 and int(ends.max()) == width  # then `generate` reads the prompts, at once
     if isinstance(network, RiverrunForCausalLM) and not whole:
-        cache = RiverrunCache(network.config.num_hidden_layers)
+        cache = network.make_cache()
         end = width - min(map(len, prompts)) + max(PREFILL_CHUNK, prefix)
         while cache.seen < width - 1:
             piece, first = slice(cache.seen, min(end, width - 1)), cache.seen == 0

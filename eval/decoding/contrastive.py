@@ -54,7 +54,7 @@ def contrastive_search(
     if not prompt:
         raise ValueError("the prompt has no tokens: start from the beginning- or end-of-sequence token")
     began = time.perf_counter()
-    cache = RiverrunCache(model.config.num_hidden_layers)
+    cache = model.make_cache()
     device = model.lm_head.weight.device
     read = torch.tensor([prompt], device=device).split(PREFILL_CHUNK, dim=1)
     hidden = torch.cat([_read(model, piece, cache) for piece in read], dim=1)[0]
@@ -82,7 +82,7 @@ def _read(model: RiverrunForCausalLM, input_ids: torch.Tensor, cache: RiverrunCa
     """Hidden states (B, T, D) of new tokens after those in the cache."""
     start = input_ids.new_zeros(len(input_ids)) if cache.next_position is None else cache.next_position
     k, T = input_ids.shape
-    return model.model(input_ids, Layout.of_rows((k, T), start), cache)
+    return model.hidden_states(input_ids, Layout.of_rows((k, T), start), cache)
 
 
 def _probabilities(model: RiverrunForCausalLM, hidden: torch.Tensor) -> torch.Tensor:

@@ -99,7 +99,7 @@ def generate(
     input_ids = torch.tensor([prompt], device=device).expand(num_samples, -1)
     cache, whole = None, 0 < prefix == len(prompt)  # then `model.generate` reads the prompt, at once
     if isinstance(model, RiverrunForCausalLM):
-        cache = RiverrunCache(model.config.num_hidden_layers)
+        cache = model.make_cache()
         if not whole:
             cache = prefill(model, prompt[:-1], num_samples, prefix=prefix)
     _wait(device)
@@ -138,7 +138,7 @@ def prefill(
 ) -> RiverrunCache:
     """The cache of `num_rows` equal rows after `tokens`, without computing any logits; `prefix` tokens are read without
     causality, and at once."""
-    cache = RiverrunCache(model.config.num_hidden_layers)
+    cache = model.make_cache()
     device = model.lm_head.weight.device
     ids = torch.tensor([tokens], dtype=torch.long, device=device)
     first = max(chunk, prefix)
@@ -147,7 +147,7 @@ def prefill(
             layout = Layout.of_rows((1, piece.shape[1]), torch.tensor([cache.seen], device=device))
             if prefix and not cache.seen:
                 layout.prefix = torch.arange(piece.shape[1], device=device)[None] < prefix
-            model.model(piece, layout, cache)
+            model.hidden_states(piece, layout, cache)
     return cache.reorder_cache(torch.zeros(num_rows, dtype=torch.long, device=device))
 
 

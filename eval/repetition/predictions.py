@@ -7,7 +7,6 @@ import torch
 
 from riverrun.eval.batches import pad
 from riverrun.eval.models import LoadedModel
-from riverrun.modeling.cache import RiverrunCache
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.model import RiverrunForCausalLM
 
@@ -40,12 +39,13 @@ def predict(model: LoadedModel, rows: list[list[int]]) -> list[Predictions]:
     width = max(map(len, rows)) - 1
     pairs = [(np.array(row[:-1]), np.array(row[1:])) for row in rows]
     ids, targets = (x.clamp(min=0).to(model.device) for x in pad(pairs, width))  # what no row sees: causal
-    cache, parts = RiverrunCache(network.config.num_hidden_layers), []
+    cache, parts = network.make_cache(), []
     size = max(1, LOGITS // len(rows) // model.vocab_size)
     for start in range(0, width, size):
         piece = ids[:, start : start + size]
         layout = Layout.of_rows((len(rows), piece.shape[1]), piece.new_full((len(rows),), start))
-        parts.append(_score(network.lm_head(network.model(piece, layout, cache)), targets[:, start : start + size]))
+        logits = network.lm_head(network.hidden_states(piece, layout, cache))
+        parts.append(_score(logits, targets[:, start : start + size]))
     log_p, likeliest = (np.concatenate(part, axis=1) for part in zip(*parts))
     return [Predictions(log_p[i, : len(row) - 1], likeliest[i, : len(row) - 1]) for i, row in enumerate(rows)]
 

@@ -51,8 +51,11 @@ def predictor(model: RiverrunForCausalLM, device: torch.device) -> Predictor:
     @torch.no_grad()
     def predict(inputs: np.ndarray) -> np.ndarray:
         at_once = max(1, LOGITS // (inputs.shape[1] * model.config.vocab_size))
-        rows = on(device, inputs).split(at_once)
-        return np.concatenate([model(part).logits.argmax(-1).cpu().numpy() for part in rows])
+        rows, training = on(device, inputs).split(at_once), model.training
+        model.eval()
+        predicted = np.concatenate([model(part).logits.argmax(-1).cpu().numpy() for part in rows])
+        model.train(training)
+        return predicted
 
     return predict
 

@@ -110,7 +110,8 @@ def rich_tables(study: Study, finished: list[Finished]) -> list[Table]:
 
 def write_report(study: Study, finished: list[Finished], folder: Path) -> None:
     """Write study.md and study.png into the folder. Runs may be missing, but not all."""
-    options, by_owner = ("task_options", "mixer_options"), {study.task: study.task_options} | study.mixer_options
+    options, by_owner = ("task_options", "mixer_options", "universal"), {study.task: study.task_options}
+    by_owner |= study.mixer_options | {"universal": study.universal or {}}
     lines = [f"# {study.task}", "", f"![accuracy over length]({PLOT})", ""]
     if len(finished) < len(study.runs()):
         lines += [f"{len(finished)} of {len(study.runs())} runs, so far.", ""]
@@ -163,6 +164,7 @@ def plot(study: Study, finished: list[Finished], path: Path) -> None:
     axes.set_xticks(list(place.values()), [task.length_label(n) for n in lengths], minor=False, rotation=turned)
     axes.minorticks_off()
     title = f"{study.task}: {study.layers} layer{'s' * (study.layers > 1)} of width {study.width}"
+    title += ", a Universal Transformer" * (study.universal is not None)
     axes.set(xlabel=_size(task), ylabel="accuracy", ylim=(-0.03, 1.03), title=title)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -10,9 +10,10 @@ import torch
 
 from riverrun.eval.studies.options import build, choose
 from riverrun.eval.studies.scoring import Accuracy
-from riverrun.eval.studies.task import Task
+from riverrun.eval.studies.task import SequenceTask, Task
 from riverrun.eval.studies.tasks import make_task
 from riverrun.modeling.config import RiverrunConfig
+from riverrun.modeling.depth.universal_options import UniversalOptions
 from riverrun.modeling.memory_options import MEMORY_OPTIONS
 from riverrun.modeling.mixer_options import OPTIONS
 from riverrun.modeling.model import RiverrunForCausalLM
@@ -35,6 +36,7 @@ class Run:
 
     Attributes:
         mixer_options: those that differ from the mixer's defaults, or from `SMALL`.
+        universal: options of a Universal Transformer, whose shared block the layers are; None: they run once.
         validate_every: held-out accuracy at the training length is measured that often; a curriculum goes on to its
             next N where it is high.
         patience: so many times 1.0 in a row end the training, 0: never. A curriculum ends when all N are learnt.
@@ -55,18 +57,19 @@ class Run:
     held_out_rows: int
     task_options: dict[str, Any] = field(default_factory=dict)
     mixer_options: dict[str, Any] = field(default_factory=dict)
+    universal: dict[str, Any] | None = None
     patience: int = 3
     version: int = VERSION
 
     def key(self) -> str:
         """A hash of the whole configuration. The device is no part of it."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(given(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def make_task(self) -> Task:
         return make_task(self.task, self.task_options)
 
     def model_config(self) -> RiverrunConfig:
-        """`layers` blocks of the mixer.
+        """`layers` blocks of the mixer, which run once or, if it is a Universal Transformer, again and again.
 
         Raises:
             ValueError: an unknown mixer or option, or a shape that cannot be built.
@@ -81,6 +84,9 @@ class Run:
             layer_pattern=(self.mixer,),
             intermediate_size=None if task.defaults.swiglu else 0,
         )
+        if self.universal is not None:  # embeddings nearly as large as those of places, or nothing is learnt for long
+            universal = build("universal", UniversalOptions, self.universal)
+            options = replace(options, universal=universal, scale_embedding=True, initializer="takase")
         return RiverrunConfig.from_options(
             replace(options, **{self.mixer: build(self.mixer, OPTIONS[self.mixer], settings)})
         )
@@ -101,10 +107,18 @@ class Run:
             found.append(f"patience={self.patience} must be at least 1, or 0 to train all steps")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             found.append(f"the learning rate {self.learning_rate} must be positive")
-        found += self.make_task().problems((self.train_length, *self.test_lengths))
+        task = self.make_task()
+        found += task.problems((self.train_length, *self.test_lengths))
+        if self.universal is not None and not isinstance(task, SequenceTask):
+            found.append(f"{self.task} has a curriculum, which trains no halting: leave the options of universal out")
         if found:
             raise ValueError("; ".join(found))
         self.model_config()
+
+
+def given(settings: Any) -> dict[str, Any]:
+    """The fields of a run or study but those that are None, which it had not when these did not exist."""
+    return {name: value for name, value in asdict(settings).items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 from riverrun.eval.lines import whole_lines
 from riverrun.eval.studies.fit import Progress
-from riverrun.eval.studies.run import VERSION, Result, Run
+from riverrun.eval.studies.run import VERSION, Result, Run, given
 from riverrun.eval.studies.side_by_side import train_side_by_side
 from riverrun.eval.studies.trainer import train
 from riverrun.train.data.store import write_atomically
@@ -38,6 +38,7 @@ class Study:
     held_out_rows: int
     task_options: dict[str, Any] = field(default_factory=dict)
     mixer_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    universal: dict[str, Any] | None = None
     patience: int = 3
     version: int = VERSION
 
@@ -55,7 +56,7 @@ class Study:
             name: getattr(self, name)
             for name in (
                 "task", "layers", "width", "steps", "batch_size", "train_length", "test_lengths", "validate_every",
-                "held_out_rows", "task_options", "patience", "version",
+                "held_out_rows", "task_options", "universal", "patience", "version",
             )
         }  # fmt: skip
         found = [
@@ -130,7 +131,7 @@ def claim(study: Study, folder: Path) -> None:
         ValueError: it is another one's; says in what they differ.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, ours = folder / STUDY, json.loads(json.dumps(asdict(study)))
+    path, ours = folder / STUDY, json.loads(json.dumps(given(study)))
     if not path.exists():
         if (folder / RUNS).exists():
             raise ValueError(f"{folder} holds {RUNS} but no {STUDY}: give --out another folder")
@@ -141,8 +142,8 @@ def claim(study: Study, folder: Path) -> None:
     except ValueError:
         raise ValueError(f"{path} is not JSON: give --out another folder") from None
     if theirs != ours:
-        keys = [key for key in ours if theirs.get(key) != ours[key]]
-        words = "; ".join(f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in keys)
+        keys = [key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)]
+        words = "; ".join(f"{key}: {theirs.get(key)} there, {ours.get(key)} here" for key in keys)
         raise ValueError(f"{folder} holds another study ({words}): give --out another folder")
 
 

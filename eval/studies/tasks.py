@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from riverrun.eval.studies.algorithmic import Addition, Copy, Reverse
 from riverrun.eval.studies.chomsky import BucketSort, MissingDuplicate, ReverseString, StackManipulation
 from riverrun.eval.studies.copying import Copying
 from riverrun.eval.studies.groups import A5, S3, S4, S5
@@ -16,8 +17,8 @@ from riverrun.eval.studies.task import Task
 TASKS: dict[str, type[Task]] = {
     task.name: task
     for task in (
-        MQAR, S3, S4, S5, A5, Parity, ModularArithmetic, CycleNavigation, Copying, ReverseString, BucketSort,
-        StackManipulation, MissingDuplicate, SetDisjointness, NParity, NDelayedMatch,
+        MQAR, S3, S4, S5, A5, Parity, ModularArithmetic, CycleNavigation, Copying, Copy, Reverse, Addition,
+        ReverseString, BucketSort, StackManipulation, MissingDuplicate, SetDisjointness, NParity, NDelayedMatch,
     )
 }  # fmt: skip
 

@@ -36,7 +36,7 @@ def _train_sequences(run: Run, task: SequenceTask, device: torch.device, progres
     perfect, step, score = 0, 0, 0.0
     while step < run.steps and not 0 < run.patience <= perfect:
         inputs, targets = task.training_batch(run.seed, step, run.batch_size, run.train_length)
-        loss = model(on(device, inputs), targets=on(device, targets)).loss
+        loss = model(on(device, inputs), targets=on(device, targets), **_row_keys(run, step, device)).loss
         step_on(loss, step)
         step += 1
         if step % run.validate_every == 0 or step == run.steps:
@@ -47,3 +47,11 @@ def _train_sequences(run: Run, task: SequenceTask, device: torch.device, progres
     lengths = sorted({run.train_length, *run.test_lengths})
     by_length = [evaluate(task, predict, TEST, run.held_out_rows, length) for length in lengths]
     return Result(score, by_length, step, losses, time.perf_counter() - start)
+
+
+def _row_keys(run: Run, step: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """What the rows of a batch start at random places by, if the model is one that does so."""
+    if run.universal is None:
+        return {}
+    first = run.seed << 40
+    return {"row_keys": torch.arange(step * run.batch_size, (step + 1) * run.batch_size, device=device) + first}

@@ -34,6 +34,7 @@ from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixers.gated_delta import GatedDelta
 from riverrun.modeling.mixers.mamba2 import Mamba2
 from riverrun.modeling.model import RiverrunForCausalLM
+from riverrun.modeling.stack import RiverrunModel
 
 TASK, VERSION = "state_statistics", 1
 STATES = ("ssd", "delta", "cell", "linear")  # the rest of a cache is convolution tails, keys and values
@@ -126,6 +127,12 @@ def _retentions(model: RiverrunForCausalLM) -> Iterator[dict[int, torch.Tensor]]
             handle.remove()
 
 
+def check(model: RiverrunForCausalLM) -> None:
+    """Raises ValueError if the model's layers run several times: each then has states of every iteration."""
+    if not isinstance(model.model, RiverrunModel):
+        raise ValueError("state statistics are of models of fixed depth: --states 0 leaves a looped model's states out")
+
+
 @torch.no_grad()
 def measure(
     model: RiverrunForCausalLM, documents: Iterable[Tokens], *, train_length: int | None, chunk_len: int
@@ -133,8 +140,10 @@ def measure(
     """Statistics over the length of the shortest document, one document at a time, in constant memory.
 
     Raises:
-        ValueError: no documents or tokens, a chunk_len below 1, or a model without recurrent states.
+        ValueError: no documents or tokens, a chunk_len below 1, or a model without recurrent states or of recurrent
+            depth.
     """
+    check(model)
     rows = [np.asarray(tokens, np.int64) for tokens in documents]
     end = min(map(len, rows), default=0)
     if end < 1 or chunk_len < 1:

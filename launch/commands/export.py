@@ -14,7 +14,7 @@ def export(
     step: Annotated[int | None, typer.Option(help="The checkpoint to export; default: the newest intact one.")] = None,
     dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the weights; decays stay in fp32.")] = "fp32",
     target: Annotated[
-        Literal["auto", "riverrun", "mamba2", "olmo_hybrid"],
+        Literal["auto", "riverrun", "mamba2", "olmo_hybrid", "huginn"],
         typer.Option(help="The class to write for; auto: one of transformers' own if it computes the same."),
     ] = "auto",
 ) -> None:
@@ -22,10 +22,12 @@ def export(
 
     Pure Mamba-2 becomes transformers' Mamba2ForCausalLM, a gated_delta and attention hybrid of the right shape its
     OlmoHybridForCausalLM. Any other model brings its code along and loads with trust_remote_code=True; that needs
-    only torch and transformers.
+    only torch and transformers. A recurrent-depth model of Huginn's kind is written in Huginn's names and fields by
+    --target huginn; its code does not come along.
     """
     import torch
 
+    from riverrun.eval.models import trained_length
     from riverrun.modeling.hf.export import export_model, resolve_target
     from riverrun.modeling.hf.folder import refuse_existing
     from riverrun.modeling.hf.importer import read_config
@@ -36,6 +38,8 @@ def export(
     config = read_config(run_dir)
     resolve_target(config, target)  # complain before the weights are read
     refuse_existing(out)
+    if target == "huginn" and (length := trained_length(run_dir)) is not None:
+        config.huginn = {"block_size": length}
     tokenizer = run_dir / "tokenizer"
     architecture = export_model(
         config,
@@ -51,7 +55,9 @@ def export(
 def import_(
     hf_dir: Annotated[
         Path,
-        typer.Argument(help="A folder of Mamba2ForCausalLM, OlmoHybridForCausalLM or a Riverrun export."),
+        typer.Argument(
+            help="A folder of Mamba2ForCausalLM, OlmoHybridForCausalLM, RavenForCausalLM (Huginn) or a Riverrun export."
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
 ) -> None:
@@ -74,6 +80,7 @@ def _report(folder: Path, architecture: str) -> None:
     from rich.text import Text
 
     from riverrun.launch.commands.recipes import in_short
+    from riverrun.modeling.hf import huginn
     from riverrun.modeling.hf.folder import SafetensorsFolder
     from riverrun.modeling.hf.remote_code import MODEL_CLASS
     from riverrun.modeling.hf.tokenizer import tokenizer_files
@@ -81,10 +88,17 @@ def _report(folder: Path, architecture: str) -> None:
     tensors = SafetensorsFolder(folder)
     parameters = sum(tensors.shape(name).numel() for name in tensors)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    trust = ", trust_remote_code=True" if architecture == MODEL_CLASS else ""
+    trust = ", trust_remote_code=True" if architecture in (MODEL_CLASS, huginn.ARCHITECTURE) else ""
     console.print(
         Text(f"{folder}: {architecture}, {in_short(parameters)} parameters, {size / 1e6:,.1f} MB"), soft_wrap=True
     )
+    if architecture == huginn.ARCHITECTURE:
+        files = " and ".join(sorted(f"{name.split('.')[0]}.py" for name in huginn.AUTO_MAP.values()))
+        console.print(
+            f"Before transformers can load it, copy {files} from tomg-group-umd/huginn-0125 on the Hugging Face hub "
+            "into it: they run with transformers 4.51, not with 5. Riverrun reads it as it is.",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
     if not tokenizer_files(folder):
         console.print("It has no tokenizer: there was none to take along.")
     console.print("Load it in Python, or evaluate it:")

@@ -91,6 +91,7 @@ def _print_memory(best: "Estimate", cluster: "Cluster", recipe: "Recipe") -> Non
 
 def _print_speed(best: "Estimate", cluster: "Cluster", recipe: "Recipe") -> None:
     from riverrun.launch.plan import flops
+    from riverrun.modeling.depth.counts import RecurrenceDistribution
 
     T = recipe.data.seq_len
     count = flops(recipe.model, T)
@@ -100,6 +101,14 @@ def _print_speed(best: "Estimate", cluster: "Cluster", recipe: "Recipe") -> None
         f"tokens: {mixing}), training {count.training / 1e9:.3g}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+    if (depth := recipe.model.depth) is not None:
+        drawn = RecurrenceDistribution(depth)
+        n, k = drawn.mean_steps
+        out.print(
+            f"iterations of the core: {n + k:.3g} in training, {k:.3g} of them with a gradient, {drawn.largest} at "
+            f"most; forward above with {depth.mean_recurrence}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     if "attention" in count.mixing:
         longer = (f"{n:,}: {flops(recipe.model, n).forward / 1e9:.3g}" for n in (2 * T, 4 * T, 16 * T))
         out.print(f"forward in longer rows: {', '.join(longer)}", highlight=False, soft_wrap=True)

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from riverrun.eval.studies.sweep import Study
 
 TASKS = (
-    "mqar, s3, s4, s5, a5, parity, modular_arithmetic, cycle_navigation, copying, reverse_string, bucket_sort, "
-    "stack_manipulation, missing_duplicate, set_disjointness, n_parity or n_dms"
+    "mqar, s3, s4, s5, a5, parity, modular_arithmetic, cycle_navigation, copying, copy, reverse, addition, "
+    "reverse_string, bucket_sort, stack_manipulation, missing_duplicate, set_disjointness, n_parity or n_dms"
 )
 T = TypeVar("T", int, float)
 
@@ -27,7 +27,8 @@ def study(
         typer.Option(
             "--set",
             metavar="OWNER.OPTION=VALUE",
-            help="An option of a mixer or of the task, as gated_delta.num_householder=2 or mqar.num_kv_pairs=8.",
+            help="An option of a mixer or of the task, as gated_delta.num_householder=2 or mqar.num_kv_pairs=8. Any "
+            "option of universal makes the layers a Universal Transformer's shared block, as universal.max_steps=8.",
         ),
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Blocks of each model; default: the task's.")] = None,
@@ -135,8 +136,8 @@ def _study(
         choose("mixer", each, OPTIONS)
     options = parse_overrides(overrides)
     for owner in options:
-        choose("task or mixer in this study called", owner, [task, *mixers])
-    task_options = options.pop(task, {})
+        choose("task or mixer in this study called", owner, [task, *mixers, "universal"])
+    task_options, universal = options.pop(task, {}), options.pop("universal", None)
     return Study(
         task=task,
         mixers=tuple(mixers),
@@ -144,6 +145,7 @@ def _study(
         validate_every=max(1, steps // 40),
         task_options=task_options,
         mixer_options=options,
+        universal=universal,
         **settings,
     )
 

@@ -1,7 +1,8 @@
 """Write a model as a Hugging Face folder: config, safetensors, tokenizer, and code if transformers has no class.
 
 A model that a class of transformers computes exactly is written for that class; any other as `RiverrunForCausalLM`,
-with the model's source beside the weights (see `remote_code`).
+with the model's source beside the weights (see `remote_code`). Huginn's format, whose class is on the hub, is
+written if it is asked for.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -13,14 +14,15 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig
 
 from riverrun.modeling.config import RiverrunConfig
-from riverrun.modeling.hf import mamba2, olmo_hybrid
+from riverrun.modeling.hf import huginn, mamba2, olmo_hybrid
 from riverrun.modeling.hf.folder import new_folder, save_tensors
 from riverrun.modeling.hf.remote_code import MODEL_CLASS, auto_map, write_remote_code
 from riverrun.modeling.hf.tokenizer import SpecialTokens, copy_tokenizer
 from riverrun.modeling.hf.weights import Entry, Table, check_weights, export_tensor, identity, parameters_of
 
-Target = Literal["auto", "riverrun", "mamba2", "olmo_hybrid"]
+Target = Literal["auto", "riverrun", "mamba2", "olmo_hybrid", "huginn"]
 NATIVE: dict[str, ModuleType] = {"mamba2": mamba2, "olmo_hybrid": olmo_hybrid}
+FORMATS = NATIVE | {"huginn": huginn}  # and one whose class transformers lacks: written only if asked for
 
 
 def export_model(
@@ -81,20 +83,20 @@ def resolve_target(config: RiverrunConfig, target: str = "auto") -> str:
         raise ValueError(f"unknown export target {target!r}; choose one of {', '.join(get_args(Target))}")
     if target == "auto":
         return next((name for name, native in NATIVE.items() if not native.reasons_against(config)), "riverrun")
-    if target in NATIVE and (reasons := NATIVE[target].reasons_against(config)):
+    if target in FORMATS and (reasons := FORMATS[target].reasons_against(config)):
         listed = "\n".join(f"  - {reason}" for reason in reasons)
         raise ValueError(
-            f"this model cannot be written as {NATIVE[target].ARCHITECTURE}; use target riverrun (or auto):\n{listed}"
+            f"this model cannot be written as {FORMATS[target].ARCHITECTURE}; use target riverrun (or auto):\n{listed}"
         )
     return target
 
 
 def describe(config: RiverrunConfig, target: str) -> tuple[PretrainedConfig, Table]:
     """The config of the class that `target` stands for, and where its tensors come from."""
-    if target in NATIVE:
-        native = NATIVE[target]
-        hf_config, table = native.to_hf(config)
-        hf_config.architectures = [native.ARCHITECTURE]
+    if target in FORMATS:
+        other = FORMATS[target]
+        hf_config, table = other.to_hf(config)
+        hf_config.architectures = [other.ARCHITECTURE]
         return hf_config, table
     ours = RiverrunConfig(model=config.model)
     ours.architectures = [MODEL_CLASS]
@@ -110,7 +112,7 @@ def _cast(
     entries = {entry.theirs[0]: entry for entry in table}
 
     def target_dtype(entry: Entry) -> torch.dtype:
-        if set(entry.ours) & fp32:
+        if not entry.ours or set(entry.ours) & fp32:  # a table that is computed, or a recurrence's parameter
             return torch.float32
         return dtype or ours[entry.ours[0]].dtype
 

@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig
 
 from riverrun.modeling.config import RiverrunConfig
-from riverrun.modeling.hf import mamba2, olmo_hybrid
+from riverrun.modeling.hf import huginn, mamba2, olmo_hybrid
 from riverrun.modeling.hf.folder import SafetensorsFolder, read_json
 from riverrun.modeling.hf.remote_code import MODEL_CLASS
 from riverrun.modeling.hf.weights import check_weights, identity, import_tensors
@@ -33,6 +33,7 @@ def import_model(hf_dir: Path) -> tuple[RiverrunConfig, dict[str, torch.Tensor]]
         MODEL_CLASS: _from_riverrun,
         mamba2.ARCHITECTURE: mamba2.from_hf,
         olmo_hybrid.ARCHITECTURE: olmo_hybrid.from_hf,
+        huginn.ARCHITECTURE: huginn.from_hf,
     }
     if architecture not in readers:
         raise ValueError(

@@ -14,6 +14,7 @@ from transformers import Mamba2Config
 from transformers.models.mamba2 import modeling_mamba2
 
 from riverrun.modeling.config import RiverrunConfig
+from riverrun.modeling.hf.reasons import reasons_in_stack
 from riverrun.modeling.hf.weights import Entry, Table, import_tensors
 from riverrun.modeling.mixer_options import Mamba2Options
 from riverrun.modeling.options import ModelOptions
@@ -24,7 +25,7 @@ ARCHITECTURE = "Mamba2ForCausalLM"
 def reasons_against(config: RiverrunConfig) -> list[str]:
     """Why `Mamba2ForCausalLM` cannot compute this model; empty if it can."""
     options = config.options
-    reasons = []
+    reasons = reasons_in_stack(options)
     if others := sorted(set(options.layers) - {"mamba2"}):
         reasons.append(f"the class has Mamba-2 layers only, this model also has {', '.join(others)}")
     if options.intermediate_size:

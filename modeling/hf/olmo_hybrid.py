@@ -13,9 +13,10 @@ import torch
 from transformers import OlmoHybridConfig
 
 from riverrun.modeling.config import RiverrunConfig
+from riverrun.modeling.hf.reasons import reasons_in_stack
 from riverrun.modeling.hf.weights import Entry, Table, import_tensors
 from riverrun.modeling.mixer_options import AttentionOptions, GatedDeltaOptions
-from riverrun.modeling.options import ModelOptions
+from riverrun.modeling.options import ModelOptions, shortest_pattern
 
 ARCHITECTURE = "OlmoHybridForCausalLM"
 OUTPUT_NORM_EPS = 1e-5  # fixed in the class, whatever its config says
@@ -25,7 +26,7 @@ LAYER_TYPES = {"linear_attention": "gated_delta", "full_attention": "attention"}
 def reasons_against(config: RiverrunConfig) -> list[str]:
     """Why `OlmoHybridForCausalLM` cannot compute this model; empty if it can."""
     options = config.options
-    reasons = []
+    reasons = reasons_in_stack(options)
     if others := sorted(set(options.layers) - set(LAYER_TYPES.values())):
         reasons.append(f"the class has gated_delta and attention layers, this model also has {', '.join(others)}")
     reasons += [
@@ -51,6 +52,8 @@ def _reasons_in_attention(options: ModelOptions) -> list[str]:
         reasons.append(
             f'the class norms q and k over all heads: it needs attention.qk_norm="full", not "{attention.qk_norm}"'
         )
+    if attention.qk_bias:
+        reasons.append("the class has no biases of q and k: it needs attention.qk_bias=false")
     if attention.window is not None:
         reasons.append(f"the class has no sliding window, this model has attention.window={attention.window}")
     return reasons
@@ -165,7 +168,7 @@ def from_hf(values: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> tupl
         vocab_size=theirs.vocab_size,
         hidden_size=theirs.hidden_size,
         num_hidden_layers=theirs.num_hidden_layers,
-        layer_pattern=_period([LAYER_TYPES[kind] for kind in theirs.layer_types]),
+        layer_pattern=shortest_pattern([LAYER_TYPES[kind] for kind in theirs.layer_types]),
         intermediate_size=theirs.intermediate_size,
         tie_word_embeddings=theirs.tie_word_embeddings,
         norm_eps=theirs.rms_norm_eps,
@@ -228,9 +231,3 @@ def _as_found(entries: Table, tensors: Mapping[str, torch.Tensor]) -> Table:
         elif kind not in ("k_conv1d", "v_conv1d"):
             out.append(entry)
     return out
-
-
-def _period(layers: list[str]) -> tuple[str, ...]:
-    """The shortest pattern that gives these layers when it is repeated."""
-    length = next(n for n in range(1, len(layers) + 1) if all(m == layers[i % n] for i, m in enumerate(layers)))
-    return tuple(layers[:length])

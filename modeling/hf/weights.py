@@ -1,6 +1,6 @@
 """Tensors of another checkpoint format as a table: which of theirs hold which of ours."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +15,14 @@ class Entry:
 
     Attributes:
         conv: theirs has a dimension of size 1 after the first (a depthwise `nn.Conv1d`), ours has not.
+        join, split: where theirs (a single tensor) is made of ours in another way, and ours of theirs.
     """
 
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
     conv: bool = False
+    join: Callable[[list[torch.Tensor]], torch.Tensor] | None = None
+    split: Callable[[torch.Tensor], list[torch.Tensor]] | None = None
 
 
 Table = list[Entry]
@@ -39,6 +42,8 @@ def export_tensor(entry: Entry, ours: Mapping[str, torch.Tensor]) -> torch.Tenso
     """Their tensor, from ours; an entry of several of theirs cannot be exported."""
     assert len(entry.theirs) == 1, f"no unique split of {entry.ours} into {entry.theirs}"
     parts = [ours[name] for name in entry.ours]
+    if entry.join is not None:
+        return entry.join(parts)
     tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
     return tensor.unsqueeze(1) if entry.conv else tensor
 
@@ -60,11 +65,16 @@ def import_tensors(table: Table, theirs: Mapping[str, torch.Tensor], config: Riv
         sizes = [parameters[name].shape[0] for name in entry.ours]
         rest = parameters[entry.ours[0]].shape[1:]
         wanted = (sum(sizes), *((1,) if entry.conv else ()), *rest)
+        if entry.join is not None:
+            wanted = tuple(entry.join([parameters[name] for name in entry.ours]).shape)
         parts = [theirs[name] for name in entry.theirs]
         tensor = parts[0] if len(parts) == 1 or any(p.dim() == 0 for p in parts) else torch.cat(parts)
         if tuple(tensor.shape) != wanted:
             names = " + ".join(entry.theirs)
             problems.append(f"tensor {names} has shape {tuple(tensor.shape)}, the config asks for {wanted}")
+            continue
+        if entry.split is not None:
+            ours.update(zip(entry.ours, entry.split(tensor)))
             continue
         tensor = tensor.squeeze(1) if entry.conv else tensor
         ours.update(zip(entry.ours, tensor.split(sizes) if len(sizes) > 1 else [tensor]))

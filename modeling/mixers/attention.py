@@ -32,6 +32,9 @@ class Attention(Mixer):
         self.k_proj = nn.Linear(hidden_size, kv_heads * dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, kv_heads * dim, bias=False)
         self.o_proj = nn.Linear(heads * dim, hidden_size, bias=False)
+        if options.qk_bias:
+            self.q_bias = nn.Parameter(torch.empty(heads * dim))
+            self.k_bias = nn.Parameter(torch.empty(kv_heads * dim))
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if options.qk_norm != "none":
@@ -41,6 +44,8 @@ class Attention(Mixer):
 
     def forward(self, x: torch.Tensor, layout: Layout, states: States | None = None) -> torch.Tensor:
         q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        if self.options.qk_bias:
+            q, k = q + self.q_bias.to(q.dtype), k + self.k_bias.to(k.dtype)
         of_kv = self.tp if self._splits_kv(self.tp.size) else ALONE
         q = self._heads(q, self.q_norm, self.tp)  # (B, H, T, head_dim)
         k = self._heads(k, self.k_norm, of_kv)  # (B, H_kv, T, head_dim)
@@ -76,11 +81,15 @@ class Attention(Mixer):
         return x
 
     def reset_parameters(self) -> None:
-        pass  # only child layers
+        if self.options.qk_bias:
+            nn.init.zeros_(self.q_bias)
+            nn.init.zeros_(self.k_bias)
 
     def parameter_plan(self, tp: int = 1) -> Plan:
         of_kv = 0 if self._splits_kv(tp) else None
         plan: Plan = {"q_proj.weight": 0, "k_proj.weight": of_kv, "v_proj.weight": of_kv, "o_proj.weight": 1}
+        if self.options.qk_bias:
+            plan |= {"q_bias": 0, "k_bias": of_kv}
         if self.options.qk_norm != "none":
             full = self.options.qk_norm == "full"
             plan |= {"q_norm.weight": 0 if full else None, "k_norm.weight": of_kv if full else None}

@@ -6,6 +6,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from riverrun.modeling.block import Block
 from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.model import RiverrunForCausalLM
 from riverrun.modeling.parallel.mesh import Axis
@@ -31,8 +32,9 @@ def parameter_plan(model: RiverrunForCausalLM, tp: int) -> dict[str, Split | Non
         raise ValueError("this model cannot be shared:\n" + "\n".join(f"  - {p}" for p in problems))
     plan = dict.fromkeys((name for name, _ in model.named_parameters()), None) | dict[str, Split | None]()
     plan |= {name: split for name, split in OUTSIDE.items() if name in plan}
-    for i, block in enumerate(model.model.layers):
-        layer = f"model.layers.{i}"
+    for layer, block in model.named_modules():
+        if not isinstance(block, Block):
+            continue
         if block.has_mlp:
             plan |= {f"{layer}.mlp.{name}": split for name, split in MLP.items()}
         for name, split in block.mixer.parameter_plan(tp).items():

@@ -82,6 +82,12 @@ def test_mixers(ranks, shape):
     assert_parity(ranks, shape, (4, 2, 2, 1, 1, True))
 
 
+@pytest.mark.parametrize("layout", [(2, 1, 2, 2, 2, True), (2, 2, 1, 1, 1, False), (4, 2, 2, 3, 1, True)], ids=name)
+def test_layers_that_are_shared_by_all_steps(ranks, layout):
+    """Whose positions halt one by one; ZeRO-3 gathers them once a pass."""
+    assert_parity(ranks, "universal", layout)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_memories_of_all_kinds(ranks, stage):
     """Whose parameters are used outside of their modules' `forward`, which ZeRO-3 has to notice."""

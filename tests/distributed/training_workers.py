@@ -32,6 +32,7 @@ from riverrun.train.config import EngineConfig, OptimizerConfig, Recipe, TrainCo
 from riverrun.train.data.packing import Batch
 from riverrun.train.inputs import Inputs
 from riverrun.train.objectives.objective import Objective
+from riverrun.train.recurrence import Recurrence
 from riverrun.train.saver import Saver
 from riverrun.train.shards import Shards
 from tests.ranks import PRELOAD, meet_at, meeting_place
@@ -327,7 +328,13 @@ class Counting:
         if step in self.bad:
             tokens = torch.zeros_like(tokens)  # which is what `spoil` goes by
         mine = tokens.chunk(self.ranks.mesh.dp.size)[self.ranks.mesh.dp.rank]
-        return [batch(rows[:, :-1], rows[:, 1:].contiguous()) for rows in mine.split(train.micro_batch_size)]
+        made = [batch(rows[:, :-1], rows[:, 1:].contiguous()) for rows in mine.split(train.micro_batch_size)]
+        if (depth := self.config.model.depth) is None:
+            return made
+        recurrence = Recurrence(depth, train.recurrence, train.seed)
+        keys = recurrence.row_keys(range(len(mine))).split(train.micro_batch_size)
+        depths = recurrence.steps(step, len(made))
+        return [replace(b, num_steps=n, row_keys=key) for b, n, key in zip(made, depths, keys)]
 
 
 @dataclass
@@ -335,7 +342,7 @@ class HeldOut:
     data: Counting
 
     def batches(self) -> list[Batch]:
-        return self.data.step(10**6)
+        return [replace(b, num_steps=None, row_keys=None) for b in self.data.step(10**6)]
 
 
 def flip_a_bit(step: int) -> None:
@@ -411,7 +418,12 @@ def train_run(
         for folder in (run_dir / "checkpoints", run_dir):
             folder.chmod(0o555)
 
+    def other_depths() -> None:
+        if last:
+            Recurrence.steps = lambda self, place, number: [(9, 1)] * number  # type: ignore[method-assign]
+
     faults = {
+        "other depths": other_depths,
         "usr1": send(signal.SIGUSR1),
         "ask stop": ask("stop"),
         "ask requeue": ask("requeue"),

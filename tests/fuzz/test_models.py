@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from riverrun.modeling.config import RiverrunConfig
+from riverrun.modeling.depth.options import DepthOptions
 from riverrun.modeling.hf.export import export_model
 from riverrun.modeling.hf.folder import SafetensorsFolder
 from riverrun.modeling.hf.importer import import_model, read_config
@@ -30,6 +31,11 @@ MODELS = {
         vocab_size=32, hidden_size=16, num_hidden_layers=2, layer_pattern=("gated_delta", "attention"),
         post_norm_attention=True, gated_delta=GatedDeltaOptions(num_heads=2, head_dim=8),
         attention=AttentionOptions(head_dim=8, qk_norm="full"),
+    ),
+    "huginn": ModelOptions(
+        vocab_size=32, hidden_size=16, num_hidden_layers=3, layer_pattern=("attention",), tie_word_embeddings=True,
+        sandwich_norm=True, scale_embedding=True, initializer="takase", depth=DepthOptions(1, 1, mean_recurrence=2),
+        attention=AttentionOptions(head_dim=8, qk_bias=True),
     ),
 }  # fmt: skip
 

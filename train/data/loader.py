@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from riverrun.train.data.packing import Batch, Row
+from riverrun.train.recurrence import Recurrence
 
 
 class Samples(Protocol):
@@ -27,6 +28,9 @@ class PackedLoader:
             slowest: deal the step's rows to them by that cost, in turns from both sides, so that sums are even, and
             costly rows fall into the same micro batch everywhere. Otherwise a rank's rows are neighbours.
         carries: (a row, its sample's number) → whether it goes on from the state of the row in its place a step before.
+        recurrence: how deep a recurrent-depth model goes in each micro batch. The rows are then always dealt in turns:
+            those of the same micro batch of all ranks are the same for any number of ranks.
+        row_keys: rows' numbers → their keys, for another model that draws something for each.
 
     Raises:
         ValueError: G does not divide into micro batches on all ranks.
@@ -43,6 +47,8 @@ class PackedLoader:
         dp_size: int = 1,
         balance: bool = False,
         carries: Callable[[Row, int], bool] | None = None,
+        recurrence: Recurrence | None = None,
+        row_keys: Callable[[Sequence[int]], torch.Tensor] | None = None,
     ):
         if global_batch_size % (micro_batch_size * dp_size):
             raise ValueError(
@@ -52,13 +58,20 @@ class PackedLoader:
         self.samples, self.collate = samples, collate
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.dp_rank, self.dp_size, self.balance = dp_rank, dp_size, balance
-        self.carries = carries
+        self.carries, self.recurrence = carries, recurrence
+        self.row_keys = row_keys if recurrence is None else recurrence.row_keys
 
     def step(self, step: int) -> list[Batch]:
         """This rank's micro batches of optimiser step `step`, counted from 0."""
         rows = self._rows(step)
-        parts = (rows[start : start + self.micro_batch_size] for start in range(0, len(rows), self.micro_batch_size))
-        return [self._batch(part, step) for part in parts]
+        parts = [rows[start : start + self.micro_batch_size] for start in range(0, len(rows), self.micro_batch_size)]
+        batches = [self._batch(part, step) for part in parts]
+        if self.row_keys is not None:
+            batches = [replace(batch, row_keys=self.row_keys(part)) for batch, part in zip(batches, parts)]
+        if self.recurrence is not None:
+            depths = self.recurrence.steps(step, len(parts))
+            batches = [replace(batch, num_steps=n) for batch, n in zip(batches, depths)]
+        return batches
 
     def _batch(self, numbers: Sequence[int], step: int) -> Batch:
         rows = [self.samples[i] for i in numbers]
@@ -69,9 +82,9 @@ class PackedLoader:
 
     def _rows(self, step: int) -> list[int]:
         rows = range(step * self.global_batch_size, (step + 1) * self.global_batch_size)
-        if not self.balance or self.dp_size == 1:
+        if self.recurrence is None and (not self.balance or self.dp_size == 1):
             per_rank = len(rows) // self.dp_size
             return list(rows[self.dp_rank * per_rank : (self.dp_rank + 1) * per_rank])
-        by_cost = sorted(rows, key=self.samples.pairs, reverse=True)
-        turns = [by_cost[start : start + self.dp_size] for start in range(0, len(rows), self.dp_size)]
+        order = sorted(rows, key=self.samples.pairs, reverse=True) if self.balance else rows
+        turns = [order[start : start + self.dp_size] for start in range(0, len(rows), self.dp_size)]
         return [turn[self.dp_rank if i % 2 == 0 else -1 - self.dp_rank] for i, turn in enumerate(turns)]

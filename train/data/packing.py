@@ -39,6 +39,9 @@ class Batch:
         num_targets: targets that have a loss.
         extra: what else an objective needs, (B, T) each.
         carries: (B,) bool, on the CPU: rows that go on from a state (see `riverrun.train.state_passing`); None: none.
+        num_steps: iterations of a recurrent-depth model without gradient and with it; None: as the model has it.
+        row_keys: (B,) int64 what a model draws from for each of its rows (see `riverrun.train.recurrence`); None: it
+            draws nothing.
     """
 
     input_ids: torch.Tensor
@@ -47,6 +50,8 @@ class Batch:
     num_targets: int
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
     carries: torch.Tensor | None = None
+    num_steps: tuple[int, int] | None = None
+    row_keys: torch.Tensor | None = None
 
     def shard(self, tokens: slice) -> "Batch":
         """Some tokens of every row; the bounds stay those of whole rows, and so does the number of targets."""
@@ -59,7 +64,8 @@ class Batch:
 
         extra = {name: move(value) for name, value in self.extra.items()}
         ids, targets, cu_seqlens = move(self.input_ids), move(self.targets), move(self.cu_seqlens)
-        return replace(self, input_ids=ids, targets=targets, cu_seqlens=cu_seqlens, extra=extra)
+        keys = None if self.row_keys is None else move(self.row_keys)
+        return replace(self, input_ids=ids, targets=targets, cu_seqlens=cu_seqlens, extra=extra, row_keys=keys)
 
 
 class PackedRows:

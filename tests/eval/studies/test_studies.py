@@ -19,6 +19,7 @@ from riverrun.eval.studies.task import IGNORED
 from riverrun.eval.studies.tasks import make_task
 from riverrun.eval.studies.trainer import train
 from riverrun.launch.commands.study import study as command
+from riverrun.modeling.depth.universal_options import UniversalOptions
 
 CPU = torch.device("cpu")
 PARITY = Run(
@@ -77,6 +78,17 @@ def test_the_seed_decides_everything():
     assert replace(first, seconds=0) == replace(again, seconds=0)
     assert train(replace(short, seed=1), CPU).losses != first.losses
     assert (torch.get_rng_state() == state).all()
+
+
+def test_a_universal_transformer_is_trained_with_its_options():
+    universal = {"max_steps": 3, "random_offset": 9, "ponder_weight": 0.5}
+    run = replace(PARITY, task="copy", mixer="attention", mixer_options={}, universal=universal, steps=3)
+    model = run.make_model(CPU)
+    assert model.config.options.universal == UniversalOptions(**universal)
+    result, other = train(run, CPU), train(replace(run, universal=universal | {"ponder_weight": 0.0}), CPU)
+    difference = result.losses[0][1] - other.losses[0][1]
+    assert result.steps == 3 and 0.5 * 2 < difference < 0.5 * 4, "half of N + R"
+    assert replace(run, universal=None).make_model(CPU).config.options.universal is None
 
 
 @pytest.mark.parametrize("curriculum", ["single", "multi"])
@@ -183,12 +195,25 @@ def test_every_setting_is_part_of_the_key():
     changes = {
         "task": "s3", "mixer": "lstm", "learning_rate": 1.0, "seed": 1, "layers": 2, "width": 16, "steps": 1,
         "batch_size": 1, "train_length": 1, "test_lengths": (1,), "validate_every": 1, "held_out_rows": 1,
-        "task_options": {"a": 1}, "mixer_options": {}, "patience": 0, "version": 0,
+        "task_options": {"a": 1}, "mixer_options": {}, "patience": 0, "version": 0, "universal": {"max_steps": 1},
     }  # fmt: skip
     assert changes.keys() == asdict(PARITY).keys()
     keys = {replace(PARITY, **{name: value}).key() for name, value in changes.items()}  # type: ignore[arg-type]
     assert len(keys | {PARITY.key()}) == len(changes) + 1
     assert replace(PARITY).key() == PARITY.key()
+
+
+def test_studies_from_before_an_option_existed_go_on(tmp_path):
+    """What is None is no part of a key or of study.json."""
+    one = replace(TINY, mixers=("para_gru",), learning_rates=(1e-2,), seeds=(0,), steps=1)
+    run_study(one, tmp_path, CPU)
+    saved = json.loads((tmp_path / "study.json").read_text())
+    assert "universal" not in saved and one.universal is None
+    with pytest.raises(ValueError, match=r"another study \(universal: None there, \{'max_steps': 2\} here\)"):
+        run_study(replace(one, universal={"max_steps": 2}), tmp_path, CPU)
+    (tmp_path / "study.json").write_text(json.dumps(saved | {"later": 1}))
+    with pytest.raises(ValueError, match=r"another study \(later: 1 there, None here\)"):
+        run_study(one, tmp_path, CPU)
 
 
 def results(by_rate: dict[float, list[tuple[float, float]]]) -> list[Finished]:
@@ -272,6 +297,15 @@ def test_the_command_writes_everything(tmp_path, capsys):
     assert "gated_delta" in capsys.readouterr().out
 
 
+def test_the_command_compares_universal_transformers(tmp_path):
+    options = ["universal.max_steps=2", "universal.halting=none", "addition.least_first=false"]
+    command("addition", mixer="attention", overrides=options, device="cpu", out_dir=tmp_path, **SMALL)
+    line = json.loads((tmp_path / "runs.jsonl").read_text().splitlines()[0])
+    assert line["run"]["universal"] == {"max_steps": 2, "halting": "none"}
+    text = (tmp_path / "study.md").read_text()
+    assert "- universal.max_steps: 2\n" in text and "- addition.least_first: False\n" in text
+
+
 @pytest.mark.parametrize(
     "task, changes, message",
     [
@@ -298,6 +332,9 @@ def test_the_command_writes_everything(tmp_path, capsys):
         ("mqar", {"overrides": ["mqar.num_kv_pairs=0"]}, "num_kv_pairs=0 must be at least 1"),
         ("n_dms", {}, r"n_dms ends at N = 4 and cannot be tested at \[8\]: raise --train-length"),
         ("n_dms", {"overrides": ["n_dms.advance_above=1"], "test_lengths": "3"}, "advance_above=1.0 must be in"),
+        ("n_dms", {"overrides": ["universal.max_steps=2"], "test_lengths": "3"}, "has a curriculum, which trains no"),
+        ("copy", {"mixer": "attention", "overrides": ["universal.steps=2"]}, "of universal called 'steps': did"),
+        ("copy", {"mixer": "attention", "overrides": ["universal.max_steps=0"]}, "universal.max_steps=0 must be at"),
         ("n_dms", {"overrides": ["n_dms.curriculum=multy"]}, "n_dms.curriculum='multy': input should be 'single'"),
     ],
 )  # fmt: skip

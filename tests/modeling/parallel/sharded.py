@@ -5,6 +5,8 @@ from dataclasses import replace
 import torch
 
 from riverrun.modeling.config import RiverrunConfig
+from riverrun.modeling.depth.options import DepthOptions
+from riverrun.modeling.depth.universal_options import UniversalOptions
 from riverrun.modeling.memory_options import (
     AtlasOptions,
     MemoraOptions,
@@ -64,6 +66,8 @@ BASE = replace(
     atlas=AtlasOptions(**MEMORY, omega_window=3),
 )
 
+DEPTH = DepthOptions(prelude_layers=1, coda_layers=1, mean_recurrence=5, backprop_depth=2)
+
 
 def of(*pattern: str, **changes) -> ModelOptions:
     return replace(BASE, layer_pattern=pattern, num_hidden_layers=max(2, len(pattern)), **changes)
@@ -97,8 +101,20 @@ SHAPES = {
         "attention", attention=replace(BASE.attention, num_kv_heads=4, qk_norm="head", window=5)
     ),
     "hybrid": of("mamba2", "para_lstm", "gated_delta", "attention"),
+    "core of attention": of(
+        *("attention",) * 4,
+        sandwich_norm=True,
+        scale_embedding=True,
+        depth=DEPTH,
+        attention=replace(BASE.attention, num_kv_heads=1, qk_bias=True),
+    ),
+    "core of gated_delta": of(
+        "attention", "gated_delta", "gated_delta", "attention", depth=replace(DEPTH, injection="diagonal")
+    ),
+    "universal": of("attention", "mamba2", universal=UniversalOptions(max_steps=3, ponder_weight=0.1)),
 }
 Shape = str | ModelOptions
+ROW_KEYS = torch.tensor([21, 22])  # what a core's initial states are drawn from
 
 
 def config_of(shape: Shape) -> RiverrunConfig:
@@ -117,6 +133,10 @@ def batch():
     return ids, targets
 
 
+def keys_of(model) -> dict[str, torch.Tensor]:
+    return {} if model.config.options.depth is None else {"row_keys": ROW_KEYS}
+
+
 def part(shape: Shape, cp: int, tp: int, recompute: bool, bounds: list[int], linear="auto", attention="auto", prefix=0):
     """On a rank: its part of the loss and its parameters' gradients."""
     mesh = mesh_of(cp, tp)
@@ -129,7 +149,7 @@ def part(shape: Shape, cp: int, tp: int, recompute: bool, bounds: list[int], lin
     else:
         given = {"context": Context.of_rows(mesh.cp, ROWS, LENGTH, bounds, "cpu", linear, attention)}
         ids, targets = (x[:, mesh.cp.share(LENGTH)] for x in (ids, targets))
-    given |= {"targets": targets, "num_targets": 10, "z_loss": Z_LOSS, "prefix": prefix}
+    given |= {"targets": targets, "num_targets": 10, "z_loss": Z_LOSS, "prefix": prefix, **keys_of(model)}
     out = model(ids, **given)
     out.loss.backward()
     with torch.no_grad():
@@ -144,7 +164,8 @@ def alone(shape: Shape, bounds: list[int], prefix: int):
     model = build_sharded(config_of(shape), ALONE).double().train()
     ids, targets = batch()
     bounds = torch.tensor(bounds, dtype=torch.int32)
-    out = model(ids, targets=targets, num_targets=10, z_loss=Z_LOSS, cu_seqlens=bounds, prefix=prefix)
+    given = {"targets": targets, "num_targets": 10, "z_loss": Z_LOSS, "prefix": prefix, **keys_of(model)}
+    out = model(ids, cu_seqlens=bounds, **given)
     out.loss.backward()
     return model, out.loss.item(), out.cross_entropy.item()
 

@@ -24,12 +24,17 @@ def narrow(options: ModelOptions) -> ModelOptions:
         mixers[name] = replace(theirs, **sizes)
         if hasattr(theirs, "max_recurrent_weight"):
             mixers[name] = replace(mixers[name], expand=1.0)
+    layers, depth = max(2, len(options.layer_pattern)), options.depth
+    if depth is not None:
+        depth = replace(depth, prelude_layers=1, coda_layers=1, mean_recurrence=3, backprop_depth=2)
+        layers = max(3, layers)
     return replace(
         options,
+        depth=depth,
         vocab_size=BASE.vocab_size,
         hidden_size=BASE.hidden_size,
         intermediate_size=BASE.intermediate_size if options.intermediate_size else 0,
-        num_hidden_layers=max(2, len(options.layer_pattern)),
+        num_hidden_layers=layers,
         initializer_range=BASE.initializer_range,
         **mixers,
     )

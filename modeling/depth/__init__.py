@@ -1,0 +1,1 @@
+"""Recurrent depth: layers that run several times on one set of weights."""
