@@ -40,8 +40,9 @@ class NeuralMemoryOptions:
     gate_rank: int = 32  # of "channel" (Miras: 32 or 64)
     half_life: float = 256.0  # tokens after which half is forgotten, at first; sigmoid(0) would leave nothing of 36
     momentum_init: float = 0.9  # η at first
-    # θ = sigmoid(…) × what is stable for keys of unit length: "equal" even if a chunk's are all equal, 2 (1 − η) / (b κ),
-    # κ the memory's curvature; "random" if they are random, 2 (1 − η) / ((1 + √(b / head_dim))² κ); "none": 1.
+    # θ = sigmoid(…) × what is stable for keys of unit length: "equal" even if a chunk's are all equal,
+    # 2 (1 − η) / (b κ), κ the memory's curvature; "random" if they are random, 2 (1 − η) / ((1 + √(b / head_dim))² κ);
+    # "none": 1.
     step_cap: Literal["equal", "random", "none"] = "equal"
     num_persistent: int = 4  # learned tokens that are written before every sequence (the papers give no number)
     conv_kernel: int = 4

@@ -24,6 +24,7 @@ from riverrun.modeling.parallel.collectives import depend
 from riverrun.modeling.parallel.split import Plan, Split
 from riverrun.modeling.projection import project
 
+EPS = 1e-6  # of squared lengths
 Convolve = Callable[..., list[torch.Tensor]]
 
 
@@ -302,15 +303,15 @@ class NeuralMemory(nn.Module):
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, H, head_dim) → unit length, or that of powers (B, T, H, degree · head_dim)."""
+        if self.feature_scale is None:  # in one pass over memory on a GPU
+            size = x.shape[-1]
+            return F.rms_norm(x, (size,), x.new_full((size,), size**-0.5), eps=EPS / size)
         x = _unit(at_least_fp32(x))
-        if self.feature_scale is not None:
-            powers = [scale * x ** (i + 1) for i, scale in enumerate(self.feature_scale)]
-            x = _unit(torch.cat(powers, dim=-1))
-        return x
+        return _unit(torch.cat([scale * x ** (i + 1) for i, scale in enumerate(self.feature_scale)], dim=-1))
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
-    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+    return x * (x.square().sum(-1, keepdim=True) + EPS).rsqrt()
 
 
 def as_dict(state: MemoryState) -> dict[str, torch.Tensor]:
