@@ -23,7 +23,7 @@ from riverrun.modeling.parallel.loss import sharded_cross_entropy
 from riverrun.modeling.stack import RiverrunModel
 
 # what transformers calls the cache in a model's output: the first from 5.24 on
-_CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__)
+CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__)
 
 
 @dataclass
@@ -188,7 +188,7 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
             logits=logits,
             cross_entropy=cross_entropy,
             states=states,
-            **{_CACHE: cache},  # type: ignore[arg-type]
+            **{CACHE: cache},  # type: ignore[arg-type]
         )
         return result.to_tuple() if return_dict is False else result
 
@@ -363,5 +363,5 @@ class RiverrunForCausalLM(PreTrainedModel, GenerationMixin):
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         """Transformers from 5.24 on looks for `cache` in the outputs, those before for `past_key_values`."""
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        cache = getattr(outputs, _CACHE)
+        cache = getattr(outputs, CACHE)
         return model_kwargs if cache is None else model_kwargs | {"cache": cache}

@@ -6,7 +6,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from riverrun.eval.decoding.generate import PREFILL_CHUNK, check_prefix
 from riverrun.eval.decoding.stream import continuation
 from riverrun.eval.models import LoadedModel
-from riverrun.modeling.model import RiverrunForCausalLM
+from riverrun.modeling.model import CACHE, RiverrunForCausalLM
 
 
 @torch.no_grad()
@@ -60,9 +60,9 @@ def complete(
     out = network.generate(  # type: ignore[operator]
         ids,
         attention_mask=mask,
-        past_key_values=cache,
         generation_config=config,
         logits_processor=None if processors is None else LogitsProcessorList([Unpadded(processors, hidden)]),
+        **({} if cache is None else {CACHE: cache}),
         **({"prefix": ends} if whole else {}),
     )
     made = out[:, width:].tolist()

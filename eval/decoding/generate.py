@@ -9,7 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from riverrun.modeling.cache import RiverrunCache
 from riverrun.modeling.layout import Layout
-from riverrun.modeling.model import RiverrunForCausalLM
+from riverrun.modeling.model import CACHE, RiverrunForCausalLM
 
 PREFILL_CHUNK = 4096  # tokens of the prompt that are read at once
 
@@ -109,11 +109,11 @@ def generate(
         out = model.generate(  # type: ignore[operator]
             input_ids,
             attention_mask=torch.ones_like(input_ids),
-            past_key_values=cache,
             generation_config=_config(sampling, max_new_tokens, eos_id),
             streamer=streamer,
             stopping_criteria=stopping,
             logits_processor=processors,
+            **({} if cache is None else {CACHE: cache}),
             **({"prefix": prefix} if whole else {}),
         )
     _wait(device)
