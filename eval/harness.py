@@ -185,6 +185,7 @@ def describe(
             "model_sha": model.fingerprint,
             "model_step": model.step,
             "state_control": model.state_control,
+            "num_steps": model.num_steps,
             "batch_size": "auto" if isinstance(batch_size, Auto) else batch_size,
             "device": str(model.device),
             "ranks": running().world_size,

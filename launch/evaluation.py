@@ -21,9 +21,10 @@ NOT_FINITE = 1  # exit status
 PATIENCE = 7 * 24 * 60.0  # minutes that ranks wait for one another: one may have much more to read than the others
 
 
-def results_folder(model: str, *parts: str) -> Path:
-    """Where results go without --out: in the run, or in the working directory."""
-    return Path(model if (Path(model) / "checkpoints").is_dir() else ".", "eval", *parts)
+def results_folder(model: str, *parts: str, num_steps: int | None = None) -> Path:
+    """Where results go without --out: in the run, or in the working directory; those of a depth in a folder of it."""
+    depth = () if num_steps is None else (f"r{num_steps}",)
+    return Path(model if (Path(model) / "checkpoints").is_dir() else ".", "eval", *parts, *depth)
 
 
 class Tasks(TyperGroup):

@@ -1,13 +1,13 @@
-"""Whether a model gives the right answer to a question when a chain of its layers runs.
+"""Whether a model gives the right answer to a question when a chain of its units runs.
 
 By likelihood: the choice whose tokens after the prompt have the largest log-likelihood per character must be the right
 one; a tie is wrong. The choices are the rows of one batch. Chains of one question share prefixes, whose hidden states
-are kept, and different chains run together: those whose next layer is the same are one batch of it. Rounding differs
+are kept, and different chains run together: those whose next unit is the same are one batch of it. Rounding differs
 with the rows of a batch, hence `alone`.
 
 By generation: greedy, up to the first newline, of one chain after the other.
 
-Costs are forward passes of one layer: over all choices of a question, or over the tokens that are read at a time.
+Costs are forward passes of one unit: over all choices of a question, or over the tokens that are read at a time.
 """
 
 from abc import ABC, abstractmethod
@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from riverrun.eval.decoding.complete import opening
 from riverrun.eval.decoding.stream import continuation
 from riverrun.eval.depth_search.chains import Chain
-from riverrun.eval.depth_search.models import Layers
 from riverrun.eval.depth_search.questions import Question
+from riverrun.eval.depth_search.units import Units
 from riverrun.eval.models import LoadedModel
 from riverrun.train.data.packing import IGNORED
 
@@ -28,7 +28,7 @@ CACHE_BYTES = 2**30  # of hidden states of prefixes
 
 
 class Answer(ABC):
-    """A question put to a model. `passes` counts the forward passes of a layer so far."""
+    """A question put to a model. `passes` counts the forward passes of a unit so far."""
 
     passes = 0
 
@@ -52,7 +52,7 @@ class Likelihood(Answer):
         cache_bytes: of prefixes that are kept, the ones used last; besides those of the chains that run.
     """
 
-    def __init__(self, model: LoadedModel, layers: Layers, question: Question, cache_bytes: int = CACHE_BYTES):
+    def __init__(self, model: LoadedModel, units: Units, question: Question, cache_bytes: int = CACHE_BYTES):
         tokenizer, begin = model.require_tokenizer(), opening(model)
         prompt = begin + tokenizer.encode(question.prompt)
         rows = [begin + tokenizer.encode(f"{question.prompt} {choice}") for choice in question.choices]
@@ -60,7 +60,7 @@ class Likelihood(Answer):
         shared = min(_common(prompt, row) for row in rows)
         assert shared >= 1
         width = max(map(len, rows))
-        self.layers, self.answer = layers, question.answer
+        self.units, self.answer = units, question.answer
         self.ids = torch.zeros(len(rows), width - 1, dtype=torch.long)  # (B, T), the last token is only predicted
         self.targets = torch.full((len(rows), width - shared), IGNORED)  # of the last tokens
         for i, row in enumerate(rows):
@@ -79,7 +79,7 @@ class Likelihood(Answer):
 
     def alone(self, chain: Chain) -> bool:
         self.passes += len(chain)
-        return self._is_right(self._scores(self.layers.run(chain, self.ids, self.targets.shape[1]))[0])
+        return self._is_right(self._scores(self.units.run(chain, self.ids, self.targets.shape[1]))[0])
 
     def _is_right(self, scores: torch.Tensor) -> bool:
         others = torch.cat([scores[: self.answer], scores[self.answer + 1 :]])
@@ -88,7 +88,7 @@ class Likelihood(Answer):
     def scores(self, chains: list[Chain]) -> torch.Tensor:
         """(chains, B) log-likelihoods per character, float64."""
         hidden, ids = torch.cat(self._hidden(chains)), self.ids.repeat(len(chains), 1)
-        return self._scores(self.layers.logits(hidden, ids, self.targets.shape[1]))
+        return self._scores(self.units.logits(hidden, ids, self.targets.shape[1]))
 
     def _scores(self, logits: torch.Tensor) -> torch.Tensor:
         """(n·B, S, V) → (n, B)"""
@@ -99,7 +99,7 @@ class Likelihood(Answer):
 
     def _hidden(self, chains: list[Chain]) -> list[torch.Tensor]:
         """(B, T, …) after each chain."""
-        starts = {1: self.layers.start(self.ids)}  # by chains that run together
+        starts = {1: self.units.start(self.ids)}  # by chains that run together
         have: dict[Chain, torch.Tensor] = {(): starts[1].hidden}
         missing: dict[Chain, None] = {}
         for chain in chains:
@@ -109,14 +109,14 @@ class Likelihood(Answer):
                 have[chain[:known]] = self.kept[chain[:known]]
             missing |= dict.fromkeys(chain[:n] for n in range(known + 1, len(chain) + 1))
         while missing := {chain: None for chain in missing if chain not in have}:
-            # the lowest layer that is next for any: before one runs, chains that skip some below it have arrived too
+            # the lowest unit that is next for any: before one runs, chains that skip some below it have arrived too
             ready = [chain for chain in missing if chain[:-1] in have]
-            layer = min(chain[-1] for chain in ready)
-            batch = [chain for chain in ready if chain[-1] == layer]
+            unit = min(chain[-1] for chain in ready)
+            batch = [chain for chain in ready if chain[-1] == unit]
             if len(batch) not in starts:
-                starts[len(batch)] = self.layers.start(self.ids.repeat(len(batch), 1))
+                starts[len(batch)] = self.units.start(self.ids.repeat(len(batch), 1))
             together = torch.cat([have[chain[:-1]] for chain in batch])  # (n·B, T, …)
-            out = self.layers.apply(layer, together, starts[len(batch)])
+            out = self.units.apply(unit, together, starts[len(batch)])
             for chain, part in zip(batch, out.split(len(self.ids))):
                 have[chain] = part
                 self._keep(chain, part)
@@ -131,8 +131,8 @@ class Likelihood(Answer):
 
 
 class Generation(Answer):
-    def __init__(self, model: LoadedModel, layers: Layers, question: Question, new_tokens: int):
-        self.layers, self.tokenizer, self.question = layers, model.require_tokenizer(), question
+    def __init__(self, model: LoadedModel, units: Units, question: Question, new_tokens: int):
+        self.units, self.tokenizer, self.question = units, model.require_tokenizer(), question
         self.prompt, self.new_tokens = opening(model) + self.tokenizer.encode(question.listing), new_tokens
 
     @property
@@ -148,7 +148,7 @@ class Generation(Answer):
     def text(self, chain: Chain) -> str:
         made: list[int] = []
         said = ""
-        for token in self.layers.next_tokens(chain, self.prompt):
+        for token in self.units.next_tokens(chain, self.prompt):
             self.passes += len(chain)
             if token == self.tokenizer.eos_id:
                 break

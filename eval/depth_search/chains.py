@@ -1,9 +1,10 @@
-"""Chains of a model's layers, and the edits that make one of another.
+"""Chains of a model's units, and the edits that make one of another.
 
-A chain lists the layers that run, in order; 0 … L−1 is the model as it is. An edit takes a block of at most k
-neighbours of a chain and leaves it out, or runs it up to r times more. It acts on the chain, not on the model: what was
-repeated can be repeated again, as part of another block too. The paper leaves open how long chains may grow; here it is
-twice the model.
+A chain lists the units that run, in order: layers, or iterations of a recurrent core, one unit that runs again and
+again. The identity, such as 0 … L−1, is the model as it is. An edit takes a block of at most k neighbours of a chain
+and leaves it out, or runs it up to r times more. It acts on the chain, not on the model: what was repeated can be
+repeated again, as part of another block too. The paper leaves open how long chains may grow; here it is twice the
+model.
 """
 
 from dataclasses import dataclass
@@ -15,24 +16,41 @@ from typing import NamedTuple, TypeVar
 Chain = tuple[int, ...]
 Chains = TypeVar("Chains", list[Chain], tuple[Chain, ...])
 
-GROWTH = 2  # times the model's layers, at most
+GROWTH = 2  # times the identity, at most
 
 
 @dataclass(frozen=True)
 class Space:
-    """The chains of a model with `num_layers` layers, by edits of blocks of up to `k` layers and `r` repetitions."""
+    """The chains that edits of blocks of up to `k` units and `r` repetitions lead to, from the identity.
 
-    num_layers: int
+    Attributes:
+        core: the unit that is an iteration of a recurrent core; None: there is none.
+    """
+
+    identity: Chain
     k: int = 4
     r: int = 4
+    core: int | None = None
 
     @property
-    def identity(self) -> Chain:
-        return tuple(range(self.num_layers))
+    def num_units(self) -> int:
+        """That are different."""
+        return max(self.identity) + 1
 
     @property
     def longest(self) -> int:
-        return GROWTH * self.num_layers
+        return GROWTH * len(self.identity)
+
+    @property
+    def iterations(self) -> int:
+        """Of the core, in the identity."""
+        return sum(unit == self.core for unit in self.identity)
+
+    def with_iterations(self, number: int) -> Chain:
+        """The identity with so many instead."""
+        assert self.core is not None
+        first = self.identity.index(self.core)
+        return self.identity[:first] + number * (self.core,) + self.identity[first + self.iterations :]
 
 
 class Neighbours(NamedTuple):
@@ -71,6 +89,17 @@ def random_chain(space: Space, rng: Random) -> Chain:
 
 
 def in_words(chain: Chain) -> str:
-    """Such as "0-3 5 5 6-11": layers that follow one another as in the model are written as one."""
-    runs = [list(run) for _, run in groupby(enumerate(chain), key=lambda item: item[1] - item[0])]
-    return " ".join(f"{run[0][1]}" if len(run) == 1 else f"{run[0][1]}-{run[-1][1]}" for run in runs)
+    """Such as "0-3 5 5-7 8×3": units that follow one another as in the model are written as one, and so are three runs
+    or more of the same."""
+    pieces: list[list[int]] = []  # first, last, times
+    for unit, same in groupby(chain):
+        times = len(list(same))
+        if times > 2:
+            pieces.append([unit, unit, times])
+            continue
+        for _ in range(times):
+            if pieces and pieces[-1][1:] == [unit - 1, 1]:
+                pieces[-1][1] = unit
+            else:
+                pieces.append([unit, unit, 1])
+    return " ".join(f"{first}{f'-{last}' * (last > first)}{f'×{times}' * (times > 1)}" for first, last, times in pieces)

@@ -1,4 +1,5 @@
-"""How a model runs a chain of its layers: Riverrun's, or any Hugging Face causal model whose layers are a ModuleList.
+"""How a model of fixed depth runs a chain of its layers: Riverrun's, or any Hugging Face causal model whose layers are
+a ModuleList.
 
 What stands before the layers and after them is the model's own code, run with stand-ins in their place. Before: each
 stand-in hands its hidden states on and notes what else its layer is given (masks by type of layer, rotary tables, a
@@ -11,29 +12,19 @@ When a model is taken up, its chain 0 … L−1 must give the model's own logits
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from riverrun.eval.depth_search.chains import Chain
+from riverrun.eval.depth_search.units import Start, Units
 from riverrun.eval.models import LoadedModel
 from riverrun.modeling.cache import RiverrunCache
 from riverrun.modeling.model import RiverrunForCausalLM
+from riverrun.modeling.stack import RiverrunModel
 
 Call = Callable[[torch.Tensor, tuple, dict[str, Any]], Any]
-
-
-class Start(NamedTuple):
-    """What the layers are given for rows of tokens.
-
-    Attributes:
-        hidden: (B, T, …) before the first layer.
-        arguments: of each layer besides hidden states, positional and named.
-    """
-
-    hidden: torch.Tensor
-    arguments: list[tuple[tuple, dict[str, Any]]]
 
 
 class StandIn(nn.Module):
@@ -53,7 +44,7 @@ class StandIn(nn.Module):
         return self.call(hidden_states, args, kwargs)
 
 
-class Layers:
+class Layers(Units):
     """The layers of a model, to be run in any order.
 
     Raises:
@@ -65,6 +56,7 @@ class Layers:
         self.name, self.network = model.description, model.model
         self._parent, self._attribute = _find(model)
         self.layers: nn.ModuleList = getattr(self._parent, self._attribute)
+        self.identity = tuple(range(len(self.layers)))
         self._cuts_logits = "logits_to_keep" in inspect.signature(self.network.forward).parameters
         self._outputs: list[int | None] = []  # of each layer, how many if they are a tuple
         self._check(torch.arange(10, device=model.device).view(2, 5) % model.vocab_size)
@@ -74,7 +66,7 @@ class Layers:
 
     @torch.no_grad()
     def start(self, ids: torch.Tensor) -> Start:
-        """ids (B, T), padded on the right if at all."""
+        """Its arguments are those of each layer besides hidden states, positional and named."""
         noted: list[tuple[torch.Tensor, tuple, dict[str, Any]]] = []
 
         def stand_in(i: int) -> StandIn:
@@ -88,31 +80,21 @@ class Layers:
         return Start(noted[0][0], [(args, kwargs) for _, args, kwargs in noted])
 
     @torch.no_grad()
-    def apply(self, layer: int, hidden: torch.Tensor, start: Start) -> torch.Tensor:
-        """A layer's output; `hidden` is of as many rows and tokens as `start`."""
-        args, kwargs = start.arguments[layer]
-        out = self.layers[layer](hidden, *args, **kwargs)
+    def apply(self, unit: int, hidden: torch.Tensor, start: Start) -> torch.Tensor:
+        args, kwargs = start.arguments[unit]
+        out = self.layers[unit](hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor, ids: torch.Tensor, keep: int = 0) -> torch.Tensor:
-        """Of hidden states after a chain: (B, T, V), or of the last `keep` tokens."""
         last = len(self) - 1
         stand_in = StandIn(self.layers[last], lambda *_: self._as_output(last, hidden))
         return self._logits(ids, [stand_in], keep)
 
-    def run(self, chain: Chain, ids: torch.Tensor, keep: int = 0) -> torch.Tensor:
-        """The logits of a chain, from the tokens on."""
-        start = self.start(ids)
-        hidden = start.hidden
-        for layer in chain:
-            hidden = self.apply(layer, hidden, start)
-        return self.logits(hidden, ids, keep)
-
     @torch.no_grad()
     def next_tokens(self, chain: Chain, prompt: list[int]) -> Iterator[int]:
-        """The likeliest token after a prompt, and after that, without end. Riverrun's models keep a state slot (or keys
-        and values) for each place in the chain; others read everything again for each token."""
+        """Riverrun's models keep a state slot (or keys and values) for each place in the chain; others read everything
+        again for each token."""
         device = next(self.network.parameters()).device
         ids = new = torch.tensor([prompt], device=device)
         cache = RiverrunCache(len(chain)) if isinstance(self.network, RiverrunForCausalLM) else None
@@ -167,13 +149,18 @@ class Layers:
         # what they are given while no layer works depends on none of them
         if not _equal([given for *_, given in noted], self.start(ids).arguments):
             raise ValueError(f"the layers of {self.name} hand one another more than hidden states: it has no chains")
-        if not torch.equal(self.run(tuple(range(len(self))), ids), expected):
+        if not torch.equal(self.run(self.identity, ids), expected):
             raise ValueError(f"the layers of {self.name}, run one by one, do not give its logits: it has no chains")
 
 
 def _find(model: LoadedModel) -> tuple[nn.Module, str]:
     """The module that holds the ModuleList of layers, and its name there."""
     network = model.model
+    if isinstance(network, RiverrunForCausalLM) and not isinstance(network.model, RiverrunModel):
+        raise ValueError(
+            f"{model.description} runs layers several times: chains are made of models of fixed depth, or of recurrent "
+            "depth (model.depth)"
+        )
     number = getattr(network.config.get_text_config(), "num_hidden_layers", None)
     lists = {name: len(m) for name, m in network.named_modules() if isinstance(m, nn.ModuleList)}
     name = next((name for name, length in lists.items() if length == number), None)

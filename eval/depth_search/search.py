@@ -121,7 +121,7 @@ class _Tree:
 
     def _bound(self, node: Node) -> float:
         explore = self.options.exploration * sqrt(log(self.root.visits) / node.visits)
-        penalty = self.options.length_penalty * len(node.chain) / self.space.num_layers
+        penalty = self.options.length_penalty * len(node.chain) / len(self.space.identity)
         return node.reward / node.visits + explore - penalty
 
 

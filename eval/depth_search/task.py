@@ -7,6 +7,11 @@ held_out  a chain for all questions of a kind: the tree search's best on one hal
           the share of right answers), tested on the other half, and the other way round. Nothing of it saw the answer
           that it is tested on.
 
+Of a model of recurrent depth there is a third control, with no search at all:
+
+iterations  the model as it is with up to k iterations of its core more or fewer. If the core has settled by then, they
+            change next to nothing, and what a search finds is not to be had by them.
+
 A chain that a search finds counts if it also answers right alone (see `answers`), the shortest one first.
 """
 
@@ -25,14 +30,17 @@ from riverrun.eval.depth_search.answers import CACHE_BYTES, Answer, Generation, 
 from riverrun.eval.depth_search.chains import Chain, Space
 from riverrun.eval.depth_search.models import Layers
 from riverrun.eval.depth_search.questions import Question, fingerprint
+from riverrun.eval.depth_search.recurrent import RecurrentUnits
 from riverrun.eval.depth_search.search import Evaluate, TreeOptions, best, random_search, tree_search
+from riverrun.eval.depth_search.units import Units
 from riverrun.eval.models import LoadedModel
 from riverrun.eval.samples import Key, collect
+from riverrun.modeling.depth.model import DepthModel
 
 VERSION = 1
 REWARDS = ("likelihood", "generate")
 SEARCHES = {"search": tree_search, "random": random_search}
-HELD_OUT = "held_out"
+HELD_OUT, ITERATIONS = "held_out", "iterations"
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class Found(NamedTuple):
         chain: the shortest that does; empty if none was found.
         right: whether one was.
         evaluations: chains that were; right_chains: of those, how many answered right.
-        passes: forward passes of a layer.
+        passes: forward passes of a unit.
     """
 
     part: str
@@ -111,7 +119,21 @@ class Chosen(NamedTuple):
     passes: int
 
 
-Records = tuple[list[Found], list[Chosen]]
+class Iterated(NamedTuple):
+    """A line of samples.jsonl: whether the model answers right after other numbers of iterations, each run alone."""
+
+    part: str
+    kind: str
+    number: int
+    iterations: list[int]
+    right: list[bool]
+    passes: int
+
+
+class Records(NamedTuple):
+    found: list[Found]
+    chosen: list[Chosen]
+    iterated: list[Iterated]
 
 
 def halves(questions: Sequence[Question], kind: str, seed: int) -> tuple[list[int], list[int]]:
@@ -130,29 +152,41 @@ class Cola:
         ask: puts a question to the model; the memory for its cache is divided by the number.
     """
 
-    def __init__(self, plan: Plan, num_layers: int, questions: Sequence[Question], ask: Callable[[int, int], Answer]):
-        self.plan, self.questions, self.ask = plan, questions, ask
-        self.space = Space(num_layers, plan.k, plan.r)
+    def __init__(self, plan: Plan, space: Space, questions: Sequence[Question], ask: Callable[[int, int], Answer]):
+        self.plan, self.space, self.questions, self.ask = plan, space, questions, ask
 
     def keys(self) -> list[Key]:
         """Those of single questions, then those of halves. A half is named by what is in it, since that changes with
         the number of questions."""
-        found: list[Key] = [(part, number) for part in SEARCHES for number in range(len(self.questions))]
+        parts = [*SEARCHES] if self.space.core is None else [*SEARCHES, ITERATIONS]
+        found: list[Key] = [(part, number) for part in parts for number in range(len(self.questions))]
         for kind in dict.fromkeys(question.kind for question in self.questions):
-            parts = halves(self.questions, kind, self.plan.seed)
-            if all(parts):
-                found += [(HELD_OUT, kind, half, fingerprint([self.questions[n] for n in [*parts[0], *parts[1]]]))
+            both = halves(self.questions, kind, self.plan.seed)
+            if all(both):
+                found += [(HELD_OUT, kind, half, fingerprint([self.questions[n] for n in [*both[0], *both[1]]]))
                           for half in (0, 1)]  # fmt: skip
         return found
 
     def work(self, keys: list[Key]) -> list[dict[str, Any]]:
         try:
-            return [(self.choose(*key[1:3]) if key[0] == HELD_OUT else self.find(*key))._asdict() for key in keys]
+            return [self._record(*key)._asdict() for key in keys]
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"the memory of the GPU is too small for {self.plan.leaves} chains at a time: lower --leaves, or leave "
                 "out long questions"
             ) from error
+
+    def _record(self, part: str, *key: Any) -> Found | Chosen | Iterated:
+        if part == HELD_OUT:
+            return self.choose(*key[:2])
+        return self.iterate(*key) if part == ITERATIONS else self.find(part, *key)
+
+    def iterate(self, number: int) -> Iterated:
+        """The model as it is, and with up to k iterations more or fewer."""
+        question, answer, r = self.questions[number], self.ask(number, 1), self.space.iterations
+        counts = list(range(max(1, r - self.plan.k), r + self.plan.k + 1))
+        right = [answer.alone(self.space.with_iterations(count)) for count in counts]
+        return Iterated(ITERATIONS, question.kind, number, counts, right, answer.passes)
 
     def find(self, part: str, number: int) -> Found:
         question, answer = self.questions[number], self.ask(number, 1)
@@ -210,9 +244,10 @@ def evaluate(
         ValueError: see `collect`.
     """
     records = collect(folder, config, cola.keys(), cola.work, batch_size=1, progress=progress)
-    return (
-        [Found(**record) for record in records if record["part"] != HELD_OUT],
+    return Records(
+        [Found(**record) for record in records if record["part"] in SEARCHES],
         [Chosen(**record) for record in records if record["part"] == HELD_OUT],
+        [Iterated(**record) for record in records if record["part"] == ITERATIONS],
     )
 
 
@@ -225,9 +260,9 @@ def run(
     *,
     limit: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Records, dict[str, Any], int]:
-    """The task as the command line runs it: records, what they depend on, and the model's layers. A folder of the same
-    plan, data and model is gone on with.
+) -> tuple[Records, dict[str, Any], Space]:
+    """The task as the command line runs it: records, what they depend on, and the chains there are. A folder of the
+    same plan, data and model is gone on with.
 
     Args:
         data: what identifies the questions, before any limit.
@@ -240,12 +275,13 @@ def run(
     if limit is not None and limit < 1:
         raise ValueError(f"a limit of {limit} questions leaves nothing to evaluate: give at least 1")
     questions = questions[:limit]
-    config, layers = settings(plan, data, model), Layers(model)
+    config, units = settings(plan, data, model), units_of(model)
+    space = Space(units.identity, plan.k, plan.r, units.core)
 
     def ask(number: int, sharers: int) -> Answer:
         if plan.reward == "generate":
-            return Generation(model, layers, questions[number], plan.new_tokens)
-        return Likelihood(model, layers, questions[number], CACHE_BYTES // sharers)
+            return Generation(model, units, questions[number], plan.new_tokens)
+        return Likelihood(model, units, questions[number], CACHE_BYTES // sharers)
 
     if not model.is_riverrun and model.seq_len is not None:
         longest = max(range(len(questions)), key=lambda number: ask(number, 1).num_tokens)
@@ -254,4 +290,10 @@ def run(
                 f"{model.description} takes at most {model.seq_len} tokens, but question {longest + 1} with its answer "
                 f"takes {needed}: leave it out"
             )
-    return evaluate(Cola(plan, len(layers), questions, ask), folder, config, progress), config, len(layers)
+    return evaluate(Cola(plan, space, questions, ask), folder, config, progress), config, space
+
+
+def units_of(model: LoadedModel) -> Units:
+    """Raises ValueError for a model that chains cannot be made of."""
+    recurrent = isinstance(getattr(model.model, "model", None), DepthModel)
+    return RecurrentUnits(model) if recurrent else Layers(model)

@@ -41,7 +41,6 @@ from riverrun.eval.intervals import Z95
 from riverrun.eval.losses import token_losses
 from riverrun.eval.models import LoadedModel
 from riverrun.eval.samples import Key, collect
-from riverrun.modeling.cache import RiverrunCache
 from riverrun.modeling.model import RiverrunForCausalLM
 from riverrun.train.data.packing import IGNORED
 from riverrun.train.metrics import bits_per_byte
@@ -148,7 +147,7 @@ class Tally:
         for record in records:
             seen = len(record["octave_tokens"])
             tally.bucket_nats[:seen] += record["octave_nats"]
-            tally.bucket_tokens[:seen] += record["octave_tokens"]
+            tally.bucket_tokens[:seen] += np.array(record["octave_tokens"], np.int64)  # of no tokens at all: []
         return tally
 
     def result(self) -> PerplexityResult:
@@ -238,7 +237,7 @@ def stream(
     model: RiverrunForCausalLM, tokens: list[np.ndarray], numbers: np.ndarray, chunk_len: int, tally: Losses
 ) -> None:
     """Documents in parallel, the longest first; a document that is over leaves the batch."""
-    cache, device = RiverrunCache(model.config.num_hidden_layers), _device(model)
+    cache, device = model.make_cache(), _device(model)
     rows, start = len(tokens), 0
     while rows := sum(len(document) - 1 > start for document in tokens[:rows]):
         if cache.seen and rows < len(cache.next_position):  # type: ignore[arg-type]

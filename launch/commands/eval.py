@@ -3,12 +3,17 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from riverrun.launch.console import err, out
 from riverrun.launch.evaluation import Tasks, results_folder
+
+if TYPE_CHECKING:
+    from riverrun.eval.documents import Documents
+    from riverrun.eval.harness import Timer
+    from riverrun.eval.models import LoadedModel
 
 app = typer.Typer(
     name="eval",
@@ -36,6 +41,15 @@ Control = Annotated[
         metavar="NAME=VALUE,…",
         help="Of Mamba-2 layers: retention, insertion, dt_scale, max_norm or window, such as "
         "retention=0.9999,insertion=0.75 or window=8192.",
+    ),
+]
+
+NumSteps = Annotated[
+    int | None,
+    typer.Option(
+        "--num-steps",
+        metavar="R",
+        help="How often the core of a model of recurrent depth runs; default: as often as on average in training.",
     ),
 ]
 
@@ -102,6 +116,14 @@ def perplexity(
             "--out", help="The folder for the results, gone on with if begun; default: eval/perplexity in the run."
         ),
     ] = None,
+    num_steps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R[,R…]",
+            help="How often the core of a model of recurrent depth runs; default: as often as on average in training. "
+            "Several: the loss as a function of it, and what another initial state changes.",
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = None,
     step: Step = None,
@@ -120,6 +142,7 @@ def perplexity(
     command goes on where it was stopped), results.json and loss_by_position.png.
     Every token but a document's first is scored, given the tokens before it in its segment or, with --streaming, in
     the whole document.
+    With several --num-steps, depth.png takes the place of loss_by_position.png.
     """
     from rich.text import Text
 
@@ -129,12 +152,20 @@ def perplexity(
     from riverrun.eval.report import perplexity_tables, plot_loss_by_position
     from riverrun.eval.tasks import perplexity as task
 
-    timer = Timer()
+    timer, steps = Timer(), _numbers(num_steps)
+    curve = len(steps) > 1
+    if curve and streaming:
+        raise ValueError(f"--streaming carries the states of one depth on: leave it out, or give one of {num_steps}")
+    one = None if curve or not steps else steps[0]
     loaded = load_model(
-        model, device=device, dtype=dtype, step=step, trust_remote_code=trust_remote_code, state_control=state_control
-    )
+        model, device=device, dtype=dtype, step=step, trust_remote_code=trust_remote_code, state_control=state_control,
+        num_steps=one,
+    )  # fmt: skip
     documents = open_documents(data, loaded, limit)
-    folder = out_dir or results_folder(model, "perplexity")
+    if curve:
+        folder = out_dir or results_folder(model, "perplexity", "by_depth")
+        return _by_depth(loaded, documents, folder, steps, seq_len, batch_size, limit, timer)
+    folder = out_dir or results_folder(model, "perplexity", num_steps=one)
     with progress_bar("perplexity") as progress:
         result, record = task.run(
             loaded, documents, folder,
@@ -149,6 +180,41 @@ def perplexity(
     for table in perplexity_tables(result, bits):
         out.print(table)
     out.print(Text(f"{path} and loss_by_position.png beside it"), soft_wrap=True)
+
+
+def _numbers(text: str | None) -> list[int]:
+    try:
+        return [] if text is None else [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--num-steps {text!r} must be whole numbers, with commas between several") from None
+
+
+def _by_depth(
+    loaded: "LoadedModel",
+    documents: "Documents",
+    folder: Path,
+    steps: list[int],
+    seq_len: int | None,
+    batch_size: int,
+    limit: int | None,
+    timer: "Timer",
+) -> None:
+    """Perplexity after several numbers of iterations: prints it, and writes results.json and depth.png."""
+    from rich.text import Text
+
+    from riverrun.eval.harness import write_results
+    from riverrun.eval.tasks import depth_curve as task
+
+    with progress_bar("perplexity") as progress:
+        found, record = task.run(
+            loaded, documents, folder, steps=steps, seq_len=seq_len, batch_size=batch_size, progress=progress
+        )
+    path = write_results(folder, [record], loaded, seed=0, batch_size=batch_size, timer=timer, limit=limit)
+    task.plot(found, record.details["mean_recurrence"], folder / "depth.png", loaded.description)
+
+    out.print(Text(f"{loaded.description}, {record.details['tokens_scored']:,} tokens scored"), soft_wrap=True)
+    out.print(task.table(found))
+    out.print(Text(f"{path} and depth.png beside it"), soft_wrap=True)
 
 
 @app.command(

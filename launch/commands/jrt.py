@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from riverrun.launch.commands.eval import BatchSize, Device, Dtype, Model, Step, Trust, progress_bar
+from riverrun.launch.commands.eval import BatchSize, Device, Dtype, Model, NumSteps, Step, Trust, progress_bar
 from riverrun.launch.console import out
 from riverrun.launch.evaluation import results_folder
 
@@ -49,6 +49,7 @@ def jrt(
     dtype: Dtype = None,
     step: Step = None,
     trust_remote_code: Trust = False,
+    num_steps: NumSteps = None,
 ) -> None:
     """Recall from documents that are read once, and twice (Just Read Twice), and the gain with its interval.
 
@@ -67,8 +68,10 @@ def jrt(
         tuple(form or given or [task.REPORTS]), given, context_length=context_length, answer_length=answer_length,
         seed=seed, prefix=prefix,
     )  # fmt: skip
-    loaded = load_model(model, device=device, dtype=dtype, step=step, trust_remote_code=trust_remote_code)
-    folder = out_dir or results_folder(model, "jrt")
+    loaded = load_model(
+        model, device=device, dtype=dtype, step=step, trust_remote_code=trust_remote_code, num_steps=num_steps
+    )
+    folder = out_dir or results_folder(model, "jrt", num_steps=num_steps)
     with progress_bar("jrt") as progress:
         records, results = task.run(loaded, plan, folder, batch_size=batch_size, limit=limit, progress=progress)
     path = write_results(folder, results, loaded, seed=seed, batch_size=batch_size, timer=timer, limit=limit)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from riverrun.launch.commands.eval import BatchSize, Control, Device, Dtype, Model, Step, Trust, progress_bar
+from riverrun.launch.commands.eval import BatchSize, Control, Device, Dtype, Model, NumSteps, Step, Trust, progress_bar
 from riverrun.launch.console import out
 from riverrun.launch.evaluation import results_folder
 
@@ -40,6 +40,7 @@ def length(
     step: Step = None,
     trust_remote_code: Trust = False,
     state_control: Control = None,
+    num_steps: NumSteps = None,
 ) -> None:
     """Loss by position, far beyond the training length, and whether the model collapses, forgets or extrapolates there.
 
@@ -60,10 +61,13 @@ def length(
 
     timer = Timer()
     loaded = load_model(
-        model, device=device, dtype=dtype, step=step, trust_remote_code=trust_remote_code, state_control=state_control
-    )
+        model, device=device, dtype=dtype, step=step, trust_remote_code=trust_remote_code, state_control=state_control,
+        num_steps=num_steps,
+    )  # fmt: skip
+    if states > 0 and isinstance(loaded.model, RiverrunForCausalLM):
+        state_statistics.check(loaded.model)
     documents = open_documents(data, loaded, limit)
-    folder = out_dir or results_folder(model, "length")
+    folder = out_dir or results_folder(model, "length", num_steps=num_steps)
     with progress_bar("length") as progress:
         result, record = task.run(
             loaded, documents, folder, max_length=max_length, train_length=train_length, chunk_len=chunk_len,
@@ -129,6 +133,7 @@ def needle(
     step: Step = None,
     trust_remote_code: Trust = False,
     state_control: Control = None,
+    num_steps: NumSteps = None,
 ) -> None:
     """Recall of facts hidden in long texts, by length and depth: passkeys, RULER's needles, BABILong's facts.
 
@@ -149,9 +154,10 @@ def needle(
         samples=samples, seed=seed, haystack=haystack,
     )  # fmt: skip
     loaded = load_model(
-        model, device=device, dtype=dtype, step=step, trust_remote_code=trust_remote_code, state_control=state_control
-    )
-    folder = out_dir or results_folder(model, "needle")
+        model, device=device, dtype=dtype, step=step, trust_remote_code=trust_remote_code, state_control=state_control,
+        num_steps=num_steps,
+    )  # fmt: skip
+    folder = out_dir or results_folder(model, "needle", num_steps=num_steps)
     with progress_bar("needle") as progress:
         records, results = task.run(loaded, plan, folder, batch_size=batch_size, limit=limit, progress=progress)
     path = write_results(folder, results, loaded, seed=seed, batch_size=batch_size, timer=timer, limit=limit)

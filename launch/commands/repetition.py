@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from riverrun.launch.commands.eval import BatchSize, Device, Dtype, Model, Step, Trust, progress_bar
+from riverrun.launch.commands.eval import BatchSize, Device, Dtype, Model, NumSteps, Step, Trust, progress_bar
 from riverrun.launch.console import out
 from riverrun.launch.evaluation import results_folder
 
@@ -54,6 +54,7 @@ def repetition(
     dtype: Dtype = None,
     step: Step = None,
     trust_remote_code: Trust = False,
+    num_steps: NumSteps = None,
 ) -> None:
     """Repetition of a model's continuations under several decodings, and the recall that each of them leaves.
 
@@ -75,8 +76,10 @@ def repetition(
         parse_decodings(decoding), kind, data, limit, max_new_tokens, recall_samples if recall else 0, recall_length,
         sentences, copies, seed,
     )  # fmt: skip
-    loaded = load_model(model, device=device, dtype=dtype, step=step, trust_remote_code=trust_remote_code)
-    folder = out_dir or results_folder(model, "repetition")
+    loaded = load_model(
+        model, device=device, dtype=dtype, step=step, trust_remote_code=trust_remote_code, num_steps=num_steps
+    )
+    folder = out_dir or results_folder(model, "repetition", num_steps=num_steps)
     with progress_bar("repetition") as progress:
         findings, results = task.run(loaded, plan, folder, batch_size=batch_size, progress=progress)
     path = write_results(folder, results, loaded, seed=seed, batch_size=batch_size, timer=timer, limit=limit)

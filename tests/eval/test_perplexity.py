@@ -109,6 +109,13 @@ def test_a_uniform_model_has_the_entropy_of_its_vocabulary(saved, store, tmp_pat
     assert record.metrics["bits_per_byte"] == pytest.approx(math.log2(V) * tokens / num_bytes, rel=1e-6)
 
 
+def test_a_document_of_one_token_scores_nothing(saved, tmp_path):
+    loaded = load_model(saved)
+    documents = open_documents(write_store(tmp_path / "store", ["", "ab"]), loaded)
+    result, _ = task.run(loaded, documents, tmp_path / "out", seq_len=16, batch_size=2, streaming=False)
+    assert (result.tokens, result.documents) == (2, 1)
+
+
 class Planted(nn.Module):
     """Not Riverrun's. At position p (from 1), the loss of the right token is p/100: its logit is the log-odds."""
 

@@ -26,7 +26,7 @@ def counting(is_right=lambda chain: False):
 
 
 def test_neighbours_by_hand():
-    shorter, longer = neighbours(Space(3, k=2, r=2), (0, 1, 2))
+    shorter, longer = neighbours(Space(tuple(range(3)), k=2, r=2), (0, 1, 2))
     assert set(shorter) == {(1, 2), (0, 2), (0, 1), (2,), (0,)} and len(shorter) == 5
     assert set(longer) == {
         (0, 0, 1, 2), (0, 0, 0, 1, 2), (0, 1, 1, 2), (0, 1, 1, 1, 2), (0, 1, 2, 2), (0, 1, 2, 2, 2),
@@ -36,12 +36,12 @@ def test_neighbours_by_hand():
 
 
 def test_edits_of_a_whole_model_are_counted():
-    shorter, longer = neighbours(Space(36), tuple(range(36)))
+    shorter, longer = neighbours(Space(tuple(range(36))), tuple(range(36)))
     assert (len(shorter), len(longer)) == (36 + 35 + 34 + 33, 4 * (36 + 35 + 34 + 33))
 
 
 def test_edits_act_on_chains_and_leave_something():
-    space = Space(2, k=4, r=4)
+    space = Space(tuple(range(2)), k=4, r=4)
     assert neighbours(space, (1,)) == ((), ((1, 1), (1, 1, 1), (1, 1, 1, 1)))
     assert (1, 0, 1, 0) in all_chains(space) and () not in all_chains(space)
     assert max(map(len, all_chains(space))) == 4
@@ -53,7 +53,7 @@ def test_chains_in_words():
 
 
 def test_random_chains_shorten_and_lengthen_alike():
-    space, rng = Space(12), random.Random(0)
+    space, rng = Space(tuple(range(12))), random.Random(0)
     chains = [random_chain(space, rng) for _ in range(2000)]
     shorter = sum(len(chain) < 12 for chain in chains) / len(chains)
     assert 0.3 < shorter < 0.6 and max(map(len, chains)) <= 24
@@ -69,7 +69,7 @@ def test_random_chains_shorten_and_lengthen_alike():
 @pytest.mark.parametrize("leaves", [1, 7])
 def test_every_simulation_evaluates_a_new_chain(search, leaves):
     evaluate, asked = counting(lambda chain: len(chain) < 4)
-    rewards = search(Space(6), evaluate, TreeOptions(60, leaves), random.Random(1))
+    rewards = search(Space(tuple(range(6))), evaluate, TreeOptions(60, leaves), random.Random(1))
     chains = [chain for batch in asked for chain in batch]
     assert len(chains) == len(set(chains)) == 60 and list(rewards) == chains
     assert asked[0] == [tuple(range(6))] and max(map(len, asked)) == leaves
@@ -80,14 +80,14 @@ def test_every_simulation_evaluates_a_new_chain(search, leaves):
 def test_a_seed_repeats_itself(search):
     def found(seed):
         evaluate, _ = counting(lambda chain: 2 not in chain)
-        return list(search(Space(6), evaluate, TreeOptions(50), random.Random(seed)).items())
+        return list(search(Space(tuple(range(6))), evaluate, TreeOptions(50), random.Random(seed)).items())
 
     assert found(3) == found(3) != found(4)
 
 
 @pytest.mark.parametrize("leaves", [1, 8])
 def test_a_search_ends_when_there_is_nothing_new(leaves):
-    space = Space(3, k=2, r=1)
+    space = Space(tuple(range(3)), k=2, r=1)
     every = all_chains(space)
     assert len(every) == 1008  # of 1092 sequences of up to 6 layers
     evaluate, _ = counting()
@@ -106,7 +106,7 @@ def test_a_search_gets_further_than_random_chains(constants):
     def mean_shortest(search):
         lengths = []
         for seed in range(10):
-            rewards = search(Space(12), counting(is_right)[0], options, random.Random(seed))
+            rewards = search(Space(tuple(range(12))), counting(is_right)[0], options, random.Random(seed))
             lengths.append(min(len(chain) for chain, reward in rewards.items() if reward))
         return sum(lengths) / len(lengths)
 
@@ -116,7 +116,7 @@ def test_a_search_gets_further_than_random_chains(constants):
 def test_the_penalty_drives_towards_short_chains():
     def mean_length(penalty):
         evaluate, asked = counting(lambda chain: True)
-        tree_search(Space(12), evaluate, TreeOptions(200, length_penalty=penalty), random.Random(0))
+        tree_search(Space(tuple(range(12))), evaluate, TreeOptions(200, length_penalty=penalty), random.Random(0))
         chains = [chain for batch in asked for chain in batch]
         return sum(map(len, chains)) / len(chains)
 
@@ -126,7 +126,7 @@ def test_the_penalty_drives_towards_short_chains():
 @pytest.mark.parametrize("leaves", [1, 8])
 def test_the_planted_optimum_is_found(leaves):
     """Right are the chains without layer 1 in which layer 2 runs at least twice: the shortest of all is (2, 2)."""
-    space, is_right = Space(3, k=2, r=2), lambda chain: 1 not in chain and chain.count(2) >= 2
+    space, is_right = Space(tuple(range(3)), k=2, r=2), lambda chain: 1 not in chain and chain.count(2) >= 2
     right = sorted(filter(is_right, all_chains(space)), key=len)
     assert right[0] == (2, 2) and len(right[1]) > 2 and not is_right(space.identity)
     for seed in range(5):

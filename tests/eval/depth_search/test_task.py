@@ -16,7 +16,7 @@ from riverrun.eval.depth_search.answers import Likelihood
 from riverrun.eval.depth_search.chains import Space
 from riverrun.eval.depth_search.models import Layers
 from riverrun.eval.depth_search.questions import Question, make_question
-from riverrun.eval.depth_search.task import Chosen, Found, Plan
+from riverrun.eval.depth_search.task import Chosen, Found, Plan, Records
 from riverrun.launch.commands import cola as command
 from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.model import RiverrunForCausalLM
@@ -35,10 +35,10 @@ def run(model, folder, questions=YES, limit=None, **plan):
 def test_a_planted_optimum_is_found(tmp_path):
     """Layer 1 spoils the answer, and layer 2 is needed twice: of all chains, (2, 2) is the shortest right one."""
     is_right = lambda chain: 1 not in chain and chain.count(2) >= 2  # noqa: E731
-    every = all_chains(Space(3, 2, 2))
+    every = all_chains(Space(tuple(range(3)), 2, 2))
     assert min(filter(is_right, every), key=len) == (2, 2) and not is_right((0, 1, 2))
     model = loaded(Planted(3, is_right))
-    (found, chosen), _, _ = run(model, tmp_path, simulations=60, k=2, r=2)
+    (found, chosen, _), _, _ = run(model, tmp_path, simulations=60, k=2, r=2)
     searched = [record for record in found if record.part == "search"]
     assert [(r.base, r.right, r.chain) for r in searched] == 6 * [(False, True, [2, 2])]
     assert all(record.chain == [2, 2] and record.accuracy == 1 and all(record.right) for record in chosen)
@@ -75,8 +75,8 @@ def test_skipping_a_block_that_spoils_the_answer_mends_it():
     def ask(number, _):
         return Likelihood(model, layers, questions[number])
 
-    whole, few = (task.Cola(Plan(number, k=2, r=1), 3, questions, ask) for number in (1500, 40))
-    every, hard = sorted(all_chains(Space(3, 2, 1))), 0
+    whole, few = (task.Cola(Plan(number, k=2, r=1), Space((0, 1, 2), 2, 1), questions, ask) for number in (1500, 40))
+    every, hard = sorted(all_chains(Space(tuple(range(3)), 2, 1))), 0
     for number in range(len(questions)):
         right = dict(zip(every, ask(number, 1).right(every)))
         shortest = min(len(chain) for chain, value in right.items() if value)
@@ -98,7 +98,7 @@ def test_a_chain_that_is_right_only_among_others_does_not_count():
 
     model = loaded(Planted(3, lambda chain: 1 not in chain))
     layers = Layers(model)
-    cola = task.Cola(Plan(60, k=2, r=2), 3, YES, lambda number, _: Flickering(model, layers, YES[number]))
+    cola = task.Cola(Plan(60), Space((0, 1, 2), 2, 2), YES, lambda n, _: Flickering(model, layers, YES[n]))
     record = cola.find("search", 0)
     assert record.right and len(record.chain) == 3 and 1 not in record.chain
 
@@ -108,14 +108,14 @@ def test_a_memory_that_is_too_small_is_told():
         raise torch.OutOfMemoryError("full")
 
     with pytest.raises(ValueError, match="too small for 8 chains at a time: lower --leaves"):
-        task.Cola(Plan(), 3, YES, full).work([("search", 0)])
+        task.Cola(Plan(), Space((0, 1, 2)), YES, full).work([("search", 0)])
 
 
 # controls
 
 
 def test_the_random_control_has_the_same_budget(tmp_path):
-    (found, _), _, _ = run(loaded(exact_hybrid()), tmp_path, GENERATED, simulations=30)
+    (found, *_), _, _ = run(loaded(exact_hybrid()), tmp_path, GENERATED, simulations=30)
     by_part = {part: [r for r in found if r.part == part] for part in ("search", "random")}
     assert [len(own) for own in by_part.values()] == [9, 9] and {r.evaluations for r in found} == {30}
     assert [r.base for r in by_part["search"]] == [r.base for r in by_part["random"]]
@@ -143,7 +143,7 @@ def test_a_held_out_half_is_never_searched(tmp_path):
         return answer
 
     questions = [*GENERATED, GENERATED[0], GENERATED[3]]  # two of them asked twice
-    cola = task.Cola(Plan(10), 5, questions, ask)
+    cola = task.Cola(Plan(10), Space(tuple(range(5))), questions, ask)
     for kind in ("addition", "subtraction", "comparison"):
         tested = []
         for half in (0, 1):
@@ -159,7 +159,7 @@ def test_a_held_out_half_is_never_searched(tmp_path):
 
 def test_a_kind_of_one_question_has_no_halves(tmp_path):
     lonely = [*YES, Question("Alone?", ("yes", "not"), ("A", "B"), 0, "alone"), YES[0]._replace(kind="twice")]
-    (found, chosen), _, _ = run(loaded(Planted(3, lambda chain: True)), tmp_path, lonely * 2, simulations=5)
+    (found, chosen, _), _, _ = run(loaded(Planted(3, lambda chain: True)), tmp_path, lonely * 2, simulations=5)
     assert {record.kind for record in chosen} == {"odd", "even"} and len(found) == 2 * len(lonely) * 2
 
 
@@ -214,7 +214,7 @@ def records():
         ]
 
     base = [True, True, True, False, False]
-    return (
+    return Records(
         [
             *found("search", base, [[0, 1], [1], [0, 1, 2, 3], [2, 2], []]),
             *found("random", base, [[0, 1, 2, 3], [0, 1, 2], [0, 1, 2, 3], [], []]),
@@ -223,11 +223,12 @@ def records():
             Chosen("held_out", "sums", 0, [1, 2], [0, 3], 0.5, [1, 2, 4], [True, False, True], 10, 200),
             Chosen("held_out", "sums", 1, [0, 1, 1, 2, 3], [1, 2, 4], 1.0, [0, 3], [True, False], 10, 300),
         ],
+        [],
     )
 
 
 def test_figures_by_hand():
-    (result,) = report.summarize(records(), {}, 4, 7)
+    (result,) = report.summarize(records(), {}, Space((0, 1, 2, 3)), 7)
     expected = {
         "accuracy_base": 3 / 5, "accuracy_search": 4 / 5, "accuracy_random": 3 / 5, "accuracy_held_out": 3 / 5,
         "shorter_search": 2 / 3, "shorter_random": 1 / 3, "shorter_held_out": 1 / 3,
@@ -248,12 +249,12 @@ def test_figures_by_hand():
 
 
 def test_shares_of_nothing_are_none():
-    found, _ = records()
+    found, *_ = records()
     all_right = [r._replace(base=True) for r in found if r.right]
-    (result,) = report.summarize((all_right, []), {}, 4, 7)
+    (result,) = report.summarize(Records(all_right, [], []), {}, Space((0, 1, 2, 3)), 7)
     assert result.metrics["corrected_search"] is None and result.ci95["corrected_search"] is None
     assert result.metrics["accuracy_held_out"] is None and result.details["questions"]["gain_held_out"] == 0
-    assert len(report.tables((all_right, []), 4)) == 1
+    assert len(report.tables(Records(all_right, [], []), Space((0, 1, 2, 3)))) == 1
 
 
 # the command
