@@ -1,5 +1,6 @@
 """Decodings by name, as they are typed: `greedy`, `dry`, `rpg:mode=additive,kappa=2`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -121,15 +122,24 @@ def parse_decoding(spec: str) -> Decoding:
     Raises:
         ValueError: an unknown name or key (all are listed), or an impossible value.
     """
+    return Decoding(spec.strip(), *parse_spec("decoding", spec, DECODINGS))
+
+
+def parse_spec(kind: str, spec: str, classes: Mapping[str, type]) -> tuple[str, Any]:
+    """The name in `name` or `name:key=value,key=value`, and that name's class, built of the values.
+
+    Raises:
+        ValueError: see `parse_decoding`.
+    """
     name, colon, rest = spec.strip().partition(":")
-    choose("decoding", name, DECODINGS)
+    choose(kind, name, classes)
     parts = [part.strip() for part in rest.split(",")] if colon else []
     for part in parts:
         if "=" not in part or part.startswith("="):
-            keys = ", ".join(f.name for f in fields(DECODINGS[name])) or "none"
+            keys = ", ".join(f.name for f in fields(classes[name])) or "none"
             raise ValueError(f"{part!r} in {spec!r} must look like key=value; keys of {name}: {keys}")
     values = parse_overrides([f"{name}.{part}" for part in parts]).get(name, {})
-    return Decoding(spec.strip(), name, build(name, DECODINGS[name], values))
+    return name, build(name, classes[name], values)
 
 
 def parse_decodings(text: str) -> tuple[Decoding, ...]:

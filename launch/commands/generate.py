@@ -27,6 +27,17 @@ def generate(
             "options alone; greedy or contrastive, which draw nothing."
         ),
     ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a model of recurrent depth, with its options, as diffusion:inner_steps=2: ar (slots), adaptive "
+            "(exit, threshold, slots, continuous), speculative (draft_tokens, draft_steps) or diffusion (inner_steps, "
+            "threshold, ema, noise, headway, max_wavefront, slots). Default: ar."
+        ),
+    ] = None,
+    num_steps: Annotated[
+        int | None, typer.Option(help="Iterations of such a model's core; default: the mean in training.")
+    ] = None,
     num_samples: Annotated[int, typer.Option(help="Samples, drawn in parallel.")] = 1,
     prefix: Annotated[
         int, typer.Option(help="Tokens of the prompt that prefix linear attention reads without causality.")
@@ -49,13 +60,21 @@ def generate(
     from riverrun.eval.decoding.contrastive import contrastive_search
     from riverrun.eval.decoding.decode import require_forking
     from riverrun.eval.decoding.generate import Sampling
-    from riverrun.eval.decoding.generate import generate as sample
+    from riverrun.eval.decoding.generate import generate as decode
+    from riverrun.eval.decoding.recurrent_depth.registry import parse_sampler
+    from riverrun.eval.decoding.recurrent_depth.sampler import DepthGeneration, require_depth, sample
     from riverrun.eval.decoding.registry import parse_decoding
     from riverrun.eval.decoding.stream import TextPrinter, continuation
     from riverrun.eval.models import load_model
 
     sampling = Sampling(temperature, top_k, top_p, greedy)
     chosen = None if decoding is None else parse_decoding(decoding)
+    recurrent = None if sampler is None and num_steps is None else parse_sampler(sampler or "ar")
+    if recurrent is not None and (chosen is not None or prefix):
+        raise ValueError(
+            "samplers of recurrent depth read prompts causally, and draw by --temperature, --top-k, --top-p or "
+            "--greedy alone: leave out --decoding and --prefix, or --sampler and --num-steps"
+        )
     if chosen is not None and (chosen.name == "greedy" or chosen.samples):
         sampling = Sampling(temperature=1.0, top_p=1.0, greedy=chosen.name == "greedy")
     searches = chosen is not None and chosen.name == "contrastive"
@@ -65,6 +84,8 @@ def generate(
         raise ValueError(f"contrastive search reads prompts causally: leave out --prefix {prefix}")
     text = _prompt(prompt, prompt_file)
     loaded = load_model(model, device=device, dtype=dtype, step=step, trust_remote_code=trust_remote_code)
+    if recurrent is not None:
+        require_depth(loaded.model)
     tokenizer = loaded.require_tokenizer()
     ids = tokenizer.encode(text)
     start = tokenizer.bos_id
@@ -79,12 +100,17 @@ def generate(
         result = contrastive_search(
             require_forking(loaded), ids, chosen.options, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id
         )
+    elif recurrent is not None:
+        result = sample(
+            loaded.model, ids, recurrent, sampling, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id,
+            num_samples=num_samples, num_steps=num_steps, seed=seed, streamer=streamer,
+        )  # fmt: skip
     else:
         processors = None
         if chosen is not None:
             seen = torch.full((num_samples, len(ids)), int(chosen.sees_prompt))
             processors = LogitsProcessorList([Unpadded(chosen.processors(tokenizer), seen)])
-        result = sample(
+        result = decode(
             loaded.model, ids, sampling, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id,
             num_samples=num_samples, seed=seed, streamer=streamer, processors=processors, prefix=prefix,
         )  # fmt: skip
@@ -95,6 +121,8 @@ def generate(
     state = (
         "" if result.state_bytes is None else f", decoding state {result.state_bytes / num_samples:,.0f} bytes a sample"
     )
+    if isinstance(result, DepthGeneration) and result.decoded:
+        state += f", {result.mean_iterations:.1f} iterations a token, {result.calls / result.decoded:.1f} in sequence"
     err.print(
         f"prompt of {len(ids):,} tokens read in {result.prefill_seconds:.2f} s; {result.num_tokens:,} new tokens, "
         f"{result.tokens_per_second:,.1f} tokens/s{state}",
