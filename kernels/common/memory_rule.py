@@ -66,7 +66,8 @@ def curvature(sizes: Sequence[tuple[int, int]], norm: bool, gated: bool) -> floa
     A layer has the squared length of its input times the squared gain from its output to the memory's (Bai & Yin's
     largest singular value (1 + √(out / in)) of a random matrix, and the activation's slope of ½ at small inputs, which
     in a gated memory is scaled by its other half). A LayerNorm, with gains that give the output a key's length, divides
-    by the length of what it norms: it curves a memory the more, the less that has been written to it.
+    by the length of what it norms: it curves a memory the more, the less that has been written to it. Without one a
+    memory starts flat and gets steeper as it learns: no layer counts for less than 1.
 
     Args:
         sizes: (in, out) of the memory's matrices, the last one's out being the values'.
@@ -84,4 +85,4 @@ def curvature(sizes: Sequence[tuple[int, int]], norm: bool, gated: bool) -> floa
     for i, (n, m) in reversed(list(enumerate(layers))):
         total += lengths[i] * gain * (2 if gated and i == 0 else 1)
         gain *= slope * (1 + math.sqrt(m / n)) ** 2
-    return total
+    return max(total, float(len(sizes)))
