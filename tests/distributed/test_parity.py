@@ -12,7 +12,7 @@ from tests.modeling.parallel.sharded import SHAPES
 
 MIXERS = [
     "mamba2", "gated_delta", "para_gru", "para_lstm", "slstm", "lstm", "gru, elman", "prefix_linear_attention",
-    "titans_lmm", "attention",
+    "titans_lmm, no norm", "attention",
 ]  # fmt: skip
 LAYOUTS = [
     # world, cp, tp, ZeRO stage, accumulation, recompute

@@ -86,6 +86,7 @@ SHAPES = {
     "gru, elman": of("gru", "elman"),
     "prefix_linear_attention": of("prefix_linear_attention"),
     "titans_lmm": of("titans_lmm"),
+    "titans_lmm, no norm": of("titans_lmm", titans_lmm=replace(BASE.titans_lmm, norm=False)),
     "titans_lmm linear": of("titans_lmm", titans_lmm=replace(BASE.titans_lmm, depth=1, chunk_size=1)),
     "titans_lmm linear, no momentum": of(
         "titans_lmm", titans_lmm=replace(BASE.titans_lmm, depth=1, chunk_size=1, momentum=False, num_persistent=0)
