@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from eval_examples import encoded, read_json, write_store
-from test_commands import invoke
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
@@ -24,6 +23,7 @@ from riverrun.launch import cli
 from riverrun.modeling.depth.initial_state import draw
 from riverrun.modeling.layout import Layout
 from riverrun.train.data.tokenizer import ByteTokenizer
+from tests.eval.test_commands import invoke
 from tests.modeling.depth.shapes import SHAPES, build
 
 V = ByteTokenizer.vocab_size

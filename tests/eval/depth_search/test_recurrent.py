@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from eval_examples import read_json
-from test_task import GENERATED, invoke
 
 from riverrun.eval import samples
 from riverrun.eval.depth_search import iterations, report, search, task
@@ -16,6 +15,7 @@ from riverrun.eval.depth_search.task import Found, Iterated, Plan, Records, unit
 from riverrun.eval.models import LoadedModel
 from riverrun.modeling.depth.universal_options import UniversalOptions
 from riverrun.train.data.tokenizer import ByteTokenizer
+from tests.eval.depth_search.test_task import GENERATED, invoke
 from tests.modeling.depth.shapes import HUGINN, SHAPES, assert_close, build
 
 CHOSEN = ("attention", "attention, window", "gated_delta, diagonal", "mamba2, para_lstm", "all core")
