@@ -116,7 +116,9 @@ def test_gates_are_those_that_models_start_with(variant):
     assert eta.median().item() == pytest.approx(0.9, abs=0.01)
     weights = [x for name, x in inputs.items() if name.startswith("weight_")]
     assert len(weights) == {"l": 1, "t": 2, "c": 3}[variant[0]]
-    share = theta * FORMS[variant].rule.chunk_size * len(weights) / (2 * (1 - eta))
+    # κ: one a layer, and of two layers of 128 → 512 → 128 with a norm 4 + (1 + ½)²
+    curvature = 6.25 if "norm_weight" in inputs else len(weights)
+    share = theta * FORMS[variant].rule.chunk_size * curvature / (2 * (1 - eta))
     assert share.median().item() == pytest.approx(0.5, abs=0.02) and share.min() > 0 and share.max() < 1
     assert ours("chunked")(inputs, case).forward().isfinite().all()
 
