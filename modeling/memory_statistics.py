@@ -13,30 +13,21 @@ Means over layers, heads and calls, by which such models are debugged:
 import torch
 
 from riverrun.kernels.neural_memory import Gates, MemoryState, Rule, read_memory
+from riverrun.modeling.statistics import note
 
 RECENT = 64
 FAST = 0.1
-
-_sums: dict[str, list[torch.Tensor]] = {}
-
-
-def take_memory_statistics() -> dict[str, list[float]]:
-    """Of each name [sum, count], and start anew."""
-    names = list(_sums)
-    values = torch.stack([x for name in names for x in _sums[name]]).tolist() if names else []
-    _sums.clear()
-    return dict(zip(names, map(list, zip(values[::2], values[1::2]))))
 
 
 @torch.no_grad()
 def note_gates(gates: tuple[Gates, ...]) -> None:
     for layer in gates[:1] if all(g is gates[0] for g in gates) else gates:
         alpha = -torch.expm1(layer.log_keep)
-        _add("memory_alpha", alpha.mean())
-        _add("memory_fast", (alpha > FAST).float().mean())
-        _add("memory_theta", layer.lr.mean())
+        note("memory_alpha", alpha.mean())
+        note("memory_fast", (alpha > FAST).float().mean())
+        note("memory_theta", layer.lr.mean())
         if layer.log_momentum is not None:
-            _add("memory_eta", layer.log_momentum.exp().mean())
+            note("memory_eta", layer.log_momentum.exp().mean())
 
 
 @torch.no_grad()
@@ -55,15 +46,8 @@ def note_memory(
     squares = (v.float().square() * counted).sum()
     for name, state in (("memory_loss", after), ("memory_loss_before", before)):
         error = read_memory(k, state, rule=rule, norm_weight=norm_weight).float() - v.float()
-        _add(name, (error.square() * counted).sum(), squares)
+        note(name, (error.square() * counted).sum(), squares)
     for start, end in zip(before.weights, after.weights):
         norm = start.norm(dim=(-2, -1)).clamp_min(1e-12)
-        _add("memory_norm", (end.norm(dim=(-2, -1)) / norm).mean())
-        _add("memory_update", ((end - start).norm(dim=(-2, -1)) / norm).mean())
-
-
-def _add(name: str, value: torch.Tensor, count: torch.Tensor | None = None) -> None:
-    if type(value) is not torch.Tensor:  # one without memory, of those who look what a model allocates
-        return
-    new = value.double(), torch.ones_like(value).double() if count is None else count.double()
-    _sums[name] = [a + b for a, b in zip(_sums[name], new)] if name in _sums else list(new)
+        note("memory_norm", (end.norm(dim=(-2, -1)) / norm).mean())
+        note("memory_update", ((end - start).norm(dim=(-2, -1)) / norm).mean())

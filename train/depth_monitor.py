@@ -7,7 +7,7 @@ import torch
 
 from riverrun.modeling.depth.counts import RecurrenceDistribution
 from riverrun.modeling.depth.options import DepthOptions
-from riverrun.modeling.depth.statistics import note
+from riverrun.modeling.statistics import note
 from riverrun.train.data.packing import Batch
 
 THIRDS = ("depth_loss_low", "depth_loss_mid", "depth_loss_high")

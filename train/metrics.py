@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from riverrun.kernels.common.shooting import SolveStatistics, take_statistics
-from riverrun.modeling.depth.statistics import take_depth_statistics
-from riverrun.modeling.memory_statistics import take_memory_statistics
+from riverrun.modeling.statistics import take_noted
 from riverrun.train.config import LogConfig
 
 # dense bf16 peak of one device in FLOP/s, from the makers' data sheets; the first name that fits counts
@@ -79,7 +78,7 @@ class Window:
 
     def add_memories(self) -> None:
         """What neural memories and recurrent depth noted since the last call."""
-        self.memories = merge_sums(self.memories, take_memory_statistics(), take_depth_statistics())
+        self.memories = merge_sums(self.memories, take_noted())
 
     def add_iterations(self, num_steps: Sequence[tuple[int, int]]) -> None:
         """Those of a step's micro batches, without gradient and with it."""

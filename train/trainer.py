@@ -370,7 +370,6 @@ class Trainer:
         self._finish_save()
         self.window.add_solves()
         self.window.add_memories()
-        self.window.add_memories()
         self._phase("save")
         with self.clock.paused():
             state = {

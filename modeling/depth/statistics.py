@@ -15,15 +15,7 @@ import math
 
 import torch
 
-_sums: dict[str, list[torch.Tensor]] = {}
-
-
-def take_depth_statistics() -> dict[str, list[float]]:
-    """Of each name [sum, count], and start anew."""
-    names = list(_sums)
-    values = torch.stack([x for name in names for x in _sums[name]]).tolist() if names else []
-    _sums.clear()
-    return dict(zip(names, map(list, zip(values[::2], values[1::2]))))
+from riverrun.modeling.statistics import note
 
 
 @torch.no_grad()
@@ -39,14 +31,6 @@ def note_iterates(before: torch.Tensor, after: torch.Tensor, rows: bool) -> None
     if rows and (T := after.shape[1]) > 1:
         total = (after.float() / size[..., None]).sum(dim=1).square().sum(dim=-1)  # (B,) ‖Σ ŝ‖² = T + Σ of i ≠ j
         note("depth_correlation", ((total - T) / (T * (T - 1))).sum(), len(after))
-
-
-def note(name: str, value: torch.Tensor, count: float) -> None:
-    """A sum, on any device, of so many things."""
-    if type(value) is not torch.Tensor:  # one without memory, of those who look what a model allocates
-        return
-    new = value.detach().double(), torch.full_like(value, count, dtype=torch.float64)
-    _sums[name] = [a + b for a, b in zip(_sums[name], new)] if name in _sums else list(new)
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:

@@ -34,13 +34,13 @@ from torch import nn
 from riverrun.modeling.block import Block
 from riverrun.modeling.cache import RiverrunCache
 from riverrun.modeling.depth.halting import Halting, Progress
-from riverrun.modeling.depth.statistics import note
 from riverrun.modeling.layers import RMSNorm
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.mixers import States
 from riverrun.modeling.options import ModelOptions
 from riverrun.modeling.parallel.mesh import ALONE, Axis
 from riverrun.modeling.stack import Stack, block_flops, leave_mixer_eager
+from riverrun.modeling.statistics import note
 
 LONGEST_WAVE = 10_000.0  # over 2π, in positions
 GOLDEN_RATIO = 0x9E3779B97F4A7C15 - 2**64  # its fractional part, of 64 bits, as a signed number

@@ -10,9 +10,9 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
 from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.depth.options import DepthOptions
-from riverrun.modeling.depth.statistics import take_depth_statistics
 from riverrun.modeling.options import ModelOptions
 from riverrun.modeling.parallel.sharding import build_sharded
+from riverrun.modeling.statistics import take_noted
 from riverrun.train import engine as engines
 from riverrun.train.config import EngineConfig, OptimizerConfig, RecurrenceConfig, TrainConfig
 from riverrun.train.data.loader import PackedLoader
@@ -83,7 +83,7 @@ def train(shape: str, cp: int, tp: int, stage: int, recompute: bool, compile_blo
         dp_rank=mesh.dp.rank, dp_size=mesh.dp.size, balance=True,
         recurrence=Recurrence(options.depth, RecurrenceConfig(ramp_steps=2), seed=0),
     )  # fmt: skip
-    take_depth_statistics()
+    take_noted()
     losses, norms, depths = [], [], []
     for step in range(STEPS):
         batches = loader.step(step)
@@ -92,7 +92,7 @@ def train(shape: str, cp: int, tp: int, stage: int, recompute: bool, compile_blo
         summed, targets = ranks.total(engine.accumulate(batches).item(), targets)
         losses.append(summed / targets)
         norms.append(engine.step(1.0).grad_norm)
-    noted = take_depth_statistics()
+    noted = take_noted()
     rows = [replace(batch, num_steps=None, row_keys=None) for batch in loader.step(99)]
     held_out = [ranks.total(sum(engine.evaluate(batch, r).item() for batch in rows))[0] for r in (None, 1, 4)]
     parameters = dict(engine.module.named_parameters())

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from riverrun.modeling.config import RiverrunConfig
-from riverrun.modeling.memory_statistics import take_memory_statistics
 from riverrun.modeling.model import RiverrunForCausalLM
+from riverrun.modeling.statistics import take_noted
 from tests.modeling.test_model import SHAPES, tokens
 
 
@@ -18,9 +18,9 @@ def statistics(shape, ids, train=True, change=None, **options):
     model = RiverrunForCausalLM(RiverrunConfig.from_options(options if shape is None else SHAPES[shape])).train(train)
     if change is not None:
         change(model)
-    take_memory_statistics()
+    take_noted()
     model(ids, labels=ids)
-    return {name: total / count for name, (total, count) in take_memory_statistics().items()}
+    return {name: total / count for name, (total, count) in take_noted().items()}
 
 
 def test_only_memories_in_training_tell():
@@ -28,7 +28,7 @@ def test_only_memories_in_training_tell():
     assert statistics(None, tokens(2, 9), train=False) == {}
     names = {"loss", "loss_before", "norm", "update", "alpha", "theta", "eta", "fast"}
     assert set(statistics(None, tokens(2, 9))) == {f"memory_{name}" for name in names}
-    assert take_memory_statistics() == {}
+    assert take_noted() == {}
 
 
 def test_a_memory_that_steps_learns_what_it_saw():
@@ -69,8 +69,8 @@ def test_tokens_of_other_documents_are_not_counted():
     ids = tokens(1, 20)
     losses = []
     for part, bounds in ((ids, [0, 7, 20]), (ids[:, 7:], [0, 13])):
-        take_memory_statistics()
+        take_noted()
         model(part, labels=part, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
-        total, count = take_memory_statistics()["memory_loss"]
+        total, count = take_noted()["memory_loss"]
         losses.append(total / count)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

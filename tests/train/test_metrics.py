@@ -102,8 +102,7 @@ def test_the_loss_curve_is_a_picture(tmp_path, bits):
 
 def test_the_window_adds_up_what_memories_noted(monkeypatch):
     noted = iter([{"memory_loss": [3.0, 4.0]}, {"memory_loss": [1.0, 4.0], "memory_eta": [0.5, 1.0]}])
-    monkeypatch.setattr(metrics, "take_memory_statistics", lambda: next(noted))
-    monkeypatch.setattr(metrics, "take_depth_statistics", dict)  # what other tests' models noted is not of these
+    monkeypatch.setattr(metrics, "take_noted", lambda: next(noted))
     window = metrics.Window()
     window.add_memories()
     window.add_memories()

@@ -10,7 +10,7 @@ import torch
 
 from riverrun.modeling.depth.counts import RecurrenceDistribution
 from riverrun.modeling.depth.options import DepthOptions
-from riverrun.modeling.depth.statistics import take_depth_statistics
+from riverrun.modeling.statistics import take_noted
 from riverrun.train import metrics
 from riverrun.train.config import RecurrenceConfig
 from riverrun.train.data.loader import PackedLoader
@@ -127,7 +127,7 @@ def batch(num_steps, targets=10):
 
 
 def test_losses_go_to_the_third_of_their_depth():
-    take_depth_statistics()
+    take_noted()
     low, high = (RecurrenceDistribution(DEPTH).quantile(u) for u in (1 / 3, 2 / 3))
     note = LossByDepth(DEPTH, leads=True)
     for steps, loss in (((0, 1), 30.0), ((low - 4, 4), 50.0), ((low - 3, 4), 20.0), ((high - 3, 4), 10.0)):
@@ -135,13 +135,13 @@ def test_losses_go_to_the_third_of_their_depth():
     LossByDepth(DEPTH, leads=False)(
         batch((0, 1)), torch.tensor([5.0])
     )  # a peer's part of a loss, whose targets count once
-    assert take_depth_statistics() == {
+    assert take_noted() == {
         "depth_loss_low": [85.0, 20.0], "depth_loss_mid": [20.0, 10.0], "depth_loss_high": [10.0, 10.0]
     }  # fmt: skip
     for depth in (None, replace(DEPTH, sampling="fixed")):
         LossByDepth(depth, leads=True)(batch((4, 4)), torch.tensor([1.0]))
     LossByDepth(DEPTH, leads=True)(batch(None), torch.tensor([1.0]))
-    assert take_depth_statistics() == {}
+    assert take_noted() == {}
 
 
 def test_signatures_tell_draws_apart():

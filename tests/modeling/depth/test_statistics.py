@@ -7,9 +7,10 @@ import torch
 
 from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.depth.options import DepthOptions
-from riverrun.modeling.depth.statistics import note, note_iterates, take_depth_statistics
+from riverrun.modeling.depth.statistics import note_iterates
 from riverrun.modeling.model import RiverrunForCausalLM
 from riverrun.modeling.options import ModelOptions
+from riverrun.modeling.statistics import note, take_noted
 
 OPTIONS = ModelOptions(
     vocab_size=40, hidden_size=32, num_hidden_layers=3, layer_pattern=("attention",), sandwich_norm=True,
@@ -18,12 +19,12 @@ OPTIONS = ModelOptions(
 
 
 def means():
-    return {name: value / count for name, (value, count) in take_depth_statistics().items()}
+    return {name: value / count for name, (value, count) in take_noted().items()}
 
 
 @pytest.fixture(autouse=True)
 def empty():
-    take_depth_statistics()
+    take_noted()
 
 
 def test_change_and_norm_are_means_over_tokens():
@@ -32,7 +33,7 @@ def test_change_and_norm_are_means_over_tokens():
     found = means()
     assert found["depth_change"] == pytest.approx((0.5 + 0.1) / 2)
     assert found["depth_norm"] == pytest.approx((5 + 10) / 2 / 2**0.5)
-    assert "depth_correlation" not in found and take_depth_statistics() == {}
+    assert "depth_correlation" not in found and take_noted() == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -51,7 +52,7 @@ def test_correlation_is_the_mean_cosine_of_pairs(dtype):
 def test_calls_add_up():
     for value in (1.0, 2.0):
         note("depth_norm", torch.tensor(value), 3)
-    assert take_depth_statistics() == {"depth_norm": [3.0, 6.0]}
+    assert take_noted() == {"depth_norm": [3.0, 6.0]}
 
 
 def model(train=True, **changes):
@@ -79,7 +80,7 @@ def test_only_recurrences_in_training_tell():
     ids = torch.arange(9)[None]
     model(train=False)(ids, labels=ids)
     model(depth=None)(ids, labels=ids)
-    assert take_depth_statistics() == {}
+    assert take_noted() == {}
 
 
 def test_iterations_that_repel_are_seen():

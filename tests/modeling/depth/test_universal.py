@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from riverrun.modeling.cache import RiverrunCache
 from riverrun.modeling.config import RiverrunConfig
-from riverrun.modeling.depth.statistics import take_depth_statistics
 from riverrun.modeling.depth.universal import offsets, sinusoids
 from riverrun.modeling.depth.universal_options import UniversalOptions
 from riverrun.modeling.model import RiverrunForCausalLM
 from riverrun.modeling.options import ModelOptions
+from riverrun.modeling.statistics import take_noted
 from tests.modeling.test_model import BASE, SPLITS, WINDOWED, assert_close, tokens
 
 STEPS = 4
@@ -314,12 +314,12 @@ def test_losses_of_single_predictions_leave_pondering_out():
 
 def test_training_tells_how_long_positions_ponder():
     model, ids = build("attention"), tokens(2, 12)
-    take_depth_statistics()
+    take_noted()
     model(ids)
-    assert take_depth_statistics() == {}
+    assert take_noted() == {}
     expected = costs(model, ids)
     model.train()(ids)
-    found = {name: total / count for name, (total, count) in take_depth_statistics().items()}
+    found = {name: total / count for name, (total, count) in take_noted().items()}
     assert set(found) == {"halting_steps", "halting_remainder"}
     assert sum(found.values()) == pytest.approx(expected.mean().item())
     assert 1 < found["halting_steps"] <= STEPS and 0 < found["halting_remainder"] <= 1
