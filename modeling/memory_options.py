@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar, Literal
 
-from riverrun.kernels.common.memory_rule import Rule
+from riverrun.kernels.common.memory_rule import DEEP_HALF_LIFE, LINEAR_HALF_LIFE, Rule
 from riverrun.modeling.option_problems import not_shared, positive
 
 
@@ -38,7 +38,8 @@ class NeuralMemoryOptions:
     read: Literal["after", "before", "chunk"] = "after"
     gates: Literal["head", "layer", "channel"] = "head"  # one a head; one a layer too; one for each output, by low rank
     gate_rank: int = 32  # of "channel" (Miras: 32 or 64)
-    half_life: float = 256.0  # tokens after which half is forgotten, at first; sigmoid(0) would leave nothing of 36
+    # tokens after which half is forgotten, at first (sigmoid(0) would leave none of 36); 0: 256 if linear, 8192 if deep
+    half_life: float = 0.0
     momentum_init: float = 0.9  # η at first
     # θ = sigmoid(…) × what is stable for keys of unit length: "equal" even if a chunk's are all equal,
     # 2 (1 − η) / (b κ), κ the memory's curvature; "random" if they are random, 2 (1 − η) / ((1 + √(b / head_dim))² κ);
@@ -76,7 +77,11 @@ class NeuralMemoryOptions:
         )  # fmt: skip
 
     def resolve(self, hidden_size: int):
-        return replace(self, num_heads=self.num_heads or max(1, hidden_size // max(1, self.head_dim)))
+        return replace(
+            self,
+            num_heads=self.num_heads or max(1, hidden_size // max(1, self.head_dim)),
+            half_life=self.half_life or (LINEAR_HALF_LIFE if self.is_linear else DEEP_HALF_LIFE),
+        )
 
     def tp_problems(self, hidden_size: int, tp: int) -> list[str]:
         return not_shared(f"{self.name}.num_heads", self.num_heads, tp)

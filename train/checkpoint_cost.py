@@ -24,7 +24,7 @@ class Cost:
     Attributes:
         stall: what training waited for.
         write: from the beginning to the checkpoint's being in its place.
-        step: a step while nothing is written.
+        step: a step of one micro batch while nothing is written.
         step_beside: a step while a checkpoint is being written; None: there was none.
         bytes: of the checkpoint.
     """
@@ -38,13 +38,12 @@ class Cost:
 
 
 def measure(recipe: Recipe, folder: Path, ranks: Ranks, saves: int) -> Iterator[Cost]:
-    """Trains a recipe's model on random tokens and saves it into `folder`, which is emptied afterwards; first in
-    training's place, then beside it."""
+    """Trains a recipe's model on random tokens, one micro batch a step, and saves it into `folder`, which is emptied
+    afterwards; first in training's place, then beside it."""
     recipe, _ = fit(recipe, ranks.mesh.dp.size)
     train, length = recipe.train, recipe.data.seq_len
-    accumulation = train.global_batch_size // (train.micro_batch_size * ranks.mesh.dp.size)
     engine = engines.Engine(
-        build_model(recipe, ranks.mesh.tp), recipe.optimizer, train, recipe.engine, ranks, accumulation, recipe.parallel
+        build_model(recipe, ranks.mesh.tp), recipe.optimizer, train, recipe.engine, ranks, 1, recipe.parallel
     )
     tokens = torch.randint(recipe.model.vocab_size, (train.micro_batch_size, length + 1))
     bounds = torch.arange(0, train.micro_batch_size * length + 1, length, dtype=torch.int32)
@@ -52,7 +51,7 @@ def measure(recipe: Recipe, folder: Path, ranks: Ranks, saves: int) -> Iterator[
 
     def step() -> float:
         began = time.perf_counter()
-        engine.accumulate([batch] * accumulation)
+        engine.accumulate([batch])
         engine.step(1.0)
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from riverrun.kernels.benchmarks.benchmark import Benchmark, Case, Contender, Inputs, Load, Work
 from riverrun.kernels.benchmarks.linear import fla_delta, sdpa
-from riverrun.kernels.common.memory_rule import curvature
+from riverrun.kernels.common.memory_rule import DEEP_HALF_LIFE, LINEAR_HALF_LIFE, curvature
 from riverrun.kernels.neural_memory import Gates, Rule, neural_memory
 from riverrun.kernels.neural_memory.chunked import ONLINE_CHUNK
 
-HALF_LIFE, MOMENTUM = 256.0, 0.9  # tokens after which half is forgotten, and η
+MOMENTUM = 0.9  # η
 HEAD = 128
 PEER_CHUNKS = 512  # of a sequence: at each, titans-pytorch copies the weights after all those before
 
@@ -60,6 +60,11 @@ def largest_step(form: Form, b: int) -> float:
     return 2 / (b * curvature(layer_sizes(form, form.head), form.rule.residual, form.rule.gated))
 
 
+def forgotten(form: Form) -> float:
+    """α."""
+    return 1 - 2 ** (-1 / (DEEP_HALF_LIFE if form.expand else LINEAR_HALF_LIFE))
+
+
 def logit(p: float) -> float:
     return math.log(p / (1 - p))
 
@@ -80,7 +85,7 @@ def inputs(case: Case, regime: str) -> Inputs:
         "q": q,
         "k": k,
         "v": normal(case.B, case.T, case.H, K).to(case.dtype),
-        "log_keep": F.logsigmoid(-gate(1 - 2 ** (-1 / HALF_LIFE))),
+        "log_keep": F.logsigmoid(-gate(forgotten(form))),
         "log_momentum": F.logsigmoid(eta),
         "lr": gate(0.5).sigmoid() * largest_step(form, form.rule.chunk_size) * (1 - eta.sigmoid()),
     }
@@ -128,7 +133,7 @@ def titans_pytorch(inputs: Inputs, case: Case, load: Load) -> Work:
         case.D, heads=case.H, dim_head=K, chunk_size=chunk, batch_size=chunk, model=network, qk_rmsnorm=True,
         pre_rmsnorm=False, mem_model_norm_add_residual=form.rule.residual, default_step_transform_max_lr=step / K,
         init_adaptive_step_bias=0.0, init_momentum_bias=logit(MOMENTUM),
-        init_decay_bias=logit(1 - 2 ** (-1 / HALF_LIFE)),
+        init_decay_bias=logit(forgotten(form)),
         store_memory_loss_fn=lambda f, v: (f - v).square().sum(-1) / 2,
     ).to(case.device, case.dtype)  # fmt: skip
     x = torch.randn(case.B, case.T, case.D, device=case.device, dtype=case.dtype, requires_grad=True)
@@ -207,8 +212,9 @@ NEURAL_MEMORY = Benchmark(
     name="neural_memory",
     inputs=inputs,
     regimes={
-        "fresh": f"unit keys; a half-life of {HALF_LIFE:.0f} tokens and η of {MOMENTUM}, as gates of random tokens; θ "
-        "half of 2 (1 − η) / (b κ), κ the memory's curvature; the layer's column is forward + backward in one go",
+        "fresh": f"unit keys; a half-life of {LINEAR_HALF_LIFE:.0f} tokens, or {DEEP_HALF_LIFE:.0f} of a deep memory, "
+        f"and η of {MOMENTUM}, as gates of random tokens; θ half of 2 (1 − η) / (b κ), κ the memory's curvature; the "
+        "layer's column is forward + backward in one go",
     },
     contenders=contenders,
     reference=ours("chunked"),

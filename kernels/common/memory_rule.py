@@ -5,6 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+# ε of the LayerNorm of a memory's output, about the variance of what it norms at first. With a tiny one, a norm divides
+# by whatever little forgetting has left, and magnifies gradients without bound (`curvature`).
+NORM_EPS = 1e-2
+
+# Tokens after which memories forget half, at first. A deep one that is forgotten down to nothing learns no more: the
+# gradient of each of its layers has the others' size.
+LINEAR_HALF_LIFE, DEEP_HALF_LIFE = 256.0, 8192.0
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -61,13 +69,14 @@ class Rule:
 
 def curvature(sizes: Sequence[tuple[int, int]], norm: bool, gated: bool) -> float:
     """About the largest eigenvalue of the l2 loss's Gauss-Newton matrix for one key of unit length, at weights drawn
-    with variance 1 / in: a step θ along the gradient scales the error by 1 − θ times that.
+    with variance 1 / in, or with a norm at whatever forgetting leaves of them: a step θ along the gradient scales the
+    error by 1 − θ times that.
 
     A layer has the squared length of its input times the squared gain from its output to the memory's (Bai & Yin's
     largest singular value (1 + √(out / in)) of a random matrix, and the activation's slope of ½ at small inputs, which
     in a gated memory is scaled by its other half). A LayerNorm, with gains that give the output a key's length, divides
-    by the length of what it norms: it curves a memory the more, the less that has been written to it. Without one a
-    memory starts flat and gets steeper as it learns: no layer counts for less than 1.
+    by the deviation of what it norms: it curves a memory the more, the less is left in its last layer, up to what ε
+    allows. Without one a memory starts flat and gets steeper as it learns: no layer counts for less than 1.
 
     Args:
         sizes: (in, out) of the memory's matrices, the last one's out being the values'.
@@ -80,9 +89,9 @@ def curvature(sizes: Sequence[tuple[int, int]], norm: bool, gated: bool) -> floa
     for n, m in layers[:-1]:
         lengths.append(lengths[-1] * slope * m / n)
     n, m = layers[-1]
-    gain = n / (m * lengths[-1]) if norm else 1.0
-    total = 0.0
-    for i, (n, m) in reversed(list(enumerate(layers))):
-        total += lengths[i] * gain * (2 if gated and i == 0 else 1)
+    gain = 1 / (m * (lengths[-1] / n + NORM_EPS)) if norm else 1.0
+    total = lengths[-1] / (m * NORM_EPS) if norm else lengths[-1]
+    for i, (n, m) in reversed(list(enumerate(layers[1:]))):
         gain *= slope * (1 + math.sqrt(m / n)) ** 2
+        total += lengths[i] * gain * (2 if gated and i == 0 else 1)
     return max(total, float(len(sizes)))

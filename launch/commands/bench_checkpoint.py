@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from riverrun.launch import shipped
-from riverrun.launch.console import out
+from riverrun.launch.console import err, out
 
 
 def bench_checkpoint(
@@ -25,7 +25,8 @@ def bench_checkpoint(
     ] = ...,  # type: ignore[assignment]
     saves: Annotated[int, typer.Option(min=1, help="Checkpoints of each kind.")] = 3,
 ) -> None:
-    """Time checkpoints written in training's place and beside it, with a recipe's model on random tokens.
+    """Time checkpoints written in training's place and beside it, with a recipe's model on random tokens, one micro
+    batch a step.
 
     On several devices start it with torchrun, as in training.
     """
@@ -41,8 +42,12 @@ def bench_checkpoint(
         engine.device, rank, world, int(os.environ.get("LOCAL_RANK", 0)), engine.start_timeout_minutes,
         cp=parallel.cp, tp=parallel.tp,
     )  # fmt: skip
+    costs = []
     try:
-        costs = list(measure(loaded.recipe, folder, ranks, saves))
+        with err.status("the model's first steps, then checkpoints in training's place") as status:
+            for cost in measure(loaded.recipe, folder, ranks, saves):
+                costs.append(cost)
+                status.update("checkpoints beside training")
     finally:
         distributed.stop()
     if rank == 0:

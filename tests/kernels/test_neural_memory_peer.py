@@ -6,6 +6,7 @@ from titans_pytorch import NeuralMemory
 from titans_pytorch.memory_models import MemoryMLP
 from torch.nn import functional as F
 
+from riverrun.kernels.common.memory_rule import NORM_EPS
 from riverrun.kernels.neural_memory import Gates, Rule, neural_memory
 
 D, T, MAX_LR = 6, 12, 0.3
@@ -15,7 +16,7 @@ class Normed(MemoryMLP):
     """x + LN(MLP(x)), whose norm has no weights that would learn with the memory."""
 
     def forward(self, x):
-        return x + F.layer_norm(super().forward(x), x.shape[-1:], eps=1e-6)
+        return x + F.layer_norm(super().forward(x), x.shape[-1:], eps=NORM_EPS)
 
 
 class Linear(MemoryMLP):

@@ -46,9 +46,10 @@ def test_gates_are_those_of_the_first_step():
     found = statistics(None, tokens(2, 9), change=still, half_life=2.0, momentum_init=0.75, chunk_size=4)
     assert found["memory_alpha"] == pytest.approx(1 - 2**-0.5, rel=1e-5) and found["memory_fast"] == 1
     assert found["memory_eta"] == pytest.approx(0.75, rel=1e-5)
-    # half of the cap, 2 (1 − η) / (b κ); of two layers and a norm κ = F/V + (1 + √(V/F))²
-    expand = SHAPES["titans_lmm"].titans_lmm.expand
-    curvature = expand + (1 + expand**-0.5) ** 2
+    # half of the cap, 2 (1 − η) / (b κ); of two layers and a norm of ε = 0.01; ¼ is the activation's squared slope
+    options = SHAPES["titans_lmm"].titans_lmm
+    K, expand = options.head_dim, options.expand
+    curvature = expand / (4 * K * 0.01) + (1 + expand**-0.5) ** 2 / (4 * K * (1 / (4 * K) + 0.01))
     assert found["memory_theta"] == pytest.approx(0.5 * 2 * 0.25 / (4 * curvature), rel=1e-5)
 
 
