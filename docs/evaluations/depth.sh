@@ -18,7 +18,7 @@
 source "$(dirname "$0")/jobs.sh"
 tokenizer=${1:?name a tokenizer: OUT=FOLDER depth.sh TOKENIZER}
 
-packages=(torch transformers sympy) texts=8000 limit=240 depths=1,2,4,8,16,32,64 documents=64 asked=96
+packages=(torch transformers sympy) texts=8000 limit=240 depths=1,2,4,8,16,32,64 documents=32 asked=48
 base=(train.steps=400 train.global_batch_size=64 train.micro_batch_size=32 train.log_every=20 optimizer.lr=1e-3
   schedule.warmup_steps=40 checkpoint.every=0 log.tensorboard=false)
 ramp=100 cola=(--simulations 100 --leaves 16) texts_of_samplers=(--num-prompts 4 --new-tokens 64)
@@ -56,15 +56,15 @@ evaluate() {
     --out "$OUT/$name/$task"
 }
 held_out=(--data "$work/data/held_out" --limit "$documents")
-evaluate recurrent perplexity 90 "${held_out[@]}" --num-steps "$depths" &
+evaluate recurrent perplexity 160 "${held_out[@]}" --num-steps "$depths" &
 evaluate fixed perplexity 90 "${held_out[@]}" &
-for name in recurrent fixed; do evaluate "$name" cola 90 --generate "$asked" "${cola[@]}" & done
+for name in recurrent fixed; do evaluate "$name" cola 160 --generate "$asked" "${cola[@]}" & done
 wait
 
 samplers() {
   local name=$1
   shift
-  job "$name" 60 "${riverrun[@]}" bench-samplers "$work/recurrent" --data "$work/data/held_out" "${texts_of_samplers[@]}" \
+  job "$name" 200 "${riverrun[@]}" bench-samplers "$work/recurrent" --data "$work/data/held_out" "${texts_of_samplers[@]}" \
     "$@" --device "$device" --out "$OUT/$name"
 }
 samplers samplers
