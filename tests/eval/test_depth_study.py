@@ -39,7 +39,9 @@ def test_the_twin_has_as_many_parameters():
         ]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.002)
     assert recurrent.depth is not None and fixed.depth is None
-    assert replace(fixed, depth=recurrent.depth, intermediate_size=recurrent.intermediate_size) == recurrent
+    same = ("depth", "intermediate_size", "initializer", "scale_embedding", "sandwich_norm", "attention")
+    assert replace(fixed, **{name: getattr(recurrent, name) for name in same}) == recurrent
+    assert replace(fixed.attention, qk_bias=True) == recurrent.attention
 
 
 def test_questions_that_are_asked_later_are_left_out():

@@ -54,6 +54,7 @@ BASE = ModelOptions(
     ),
 )
 MEMORY = {"num_heads": 4, "head_dim": 4, "expand": 2, "chunk_size": 4, "gate_rank": 3, "num_persistent": 3}
+MEMORY |= {"half_life": 256.0}  # what is forgotten counts
 BASE = replace(
     BASE,
     titans_lmm=TitansLMMOptions(**MEMORY),
