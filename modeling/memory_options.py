@@ -69,6 +69,10 @@ class NeuralMemoryOptions:
         return self.depth == 1 and not self.gated
 
     @property
+    def first_half_life(self) -> float:
+        return self.half_life or (LINEAR_HALF_LIFE if self.is_linear else DEEP_HALF_LIFE)
+
+    @property
     def rule(self) -> Rule:
         return Rule(
             chunk_size=self.chunk_size, read=self.read, bias=self.bias, p=self.p, activation=self.activation,
@@ -77,21 +81,20 @@ class NeuralMemoryOptions:
         )  # fmt: skip
 
     def resolve(self, hidden_size: int):
-        return replace(
-            self,
-            num_heads=self.num_heads or max(1, hidden_size // max(1, self.head_dim)),
-            half_life=self.half_life or (LINEAR_HALF_LIFE if self.is_linear else DEEP_HALF_LIFE),
-        )
+        return replace(self, num_heads=self.num_heads or max(1, hidden_size // max(1, self.head_dim)))
 
     def tp_problems(self, hidden_size: int, tp: int) -> list[str]:
         return not_shared(f"{self.name}.num_heads", self.num_heads, tp)
 
     def problems(self, hidden_size: int) -> list[str]:
         found = positive(
-            self.name, self, "num_heads", "head_dim", "depth", "expand", "feature_degree", "gate_rank", "half_life",
-            "conv_kernel",
-        )  # fmt: skip
+            self.name, self, "num_heads", "head_dim", "depth", "expand", "feature_degree", "gate_rank", "conv_kernel"
+        )
         found += [f"{self.name}: {problem}" for problem in self.rule.problems()]
+        if self.half_life < 0:
+            found.append(
+                f"{self.name}.half_life={self.half_life} must be positive; 0 is what the memory's depth suggests"
+            )
         if self.num_persistent < 0:
             found.append(f"{self.name}.num_persistent={self.num_persistent} must not be negative; 0 is none")
         if not 0 < self.momentum_init < 1:

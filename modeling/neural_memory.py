@@ -188,7 +188,7 @@ class NeuralMemory(nn.Module):
                 nn.init.constant_(self.norm_gain, o.head_dim**-0.5)  # the length of keys
             if self.feature_scale is not None:
                 self.feature_scale.copy_(torch.tensor([1 / math.factorial(i + 1) for i in range(o.feature_degree)]))
-            forgotten = 1 - 2 ** (-1 / o.half_life)
+            forgotten = 1 - 2 ** (-1 / o.first_half_life)
             biases = {
                 "alpha": math.log(forgotten / (1 - forgotten)),
                 "eta": math.log(o.momentum_init / (1 - o.momentum_init)),
