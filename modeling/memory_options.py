@@ -92,9 +92,7 @@ class NeuralMemoryOptions:
         )
         found += [f"{self.name}: {problem}" for problem in self.rule.problems()]
         if self.half_life < 0:
-            found.append(
-                f"{self.name}.half_life={self.half_life} must be positive; 0 is what the memory's depth suggests"
-            )
+            found.append(f"{self.name}.half_life={self.half_life} must be positive; 0 is what suits the memory's depth")
         if self.num_persistent < 0:
             found.append(f"{self.name}.num_persistent={self.num_persistent} must not be negative; 0 is none")
         if not 0 < self.momentum_init < 1:
