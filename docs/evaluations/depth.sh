@@ -21,7 +21,7 @@ tokenizer=${1:?name a tokenizer: OUT=FOLDER depth.sh TOKENIZER}
 packages=(torch transformers sympy) texts=8000 limit=240 depths=1,2,4,8,16,32,64 documents=32 asked=48
 base=(train.steps=400 train.global_batch_size=64 train.micro_batch_size=32 train.log_every=20 optimizer.lr=1e-3
   schedule.warmup_steps=40 checkpoint.every=0 log.tensorboard=false)
-ramp=100 cola=(--simulations 100 --leaves 16) texts_of_samplers=(--num-prompts 4 --new-tokens 64)
+ramp=100 cola=(--simulations 100 --leaves 16) texts_of_samplers=(--num-prompts 4 --new-tokens 48)
 if [[ $small ]]; then
   packages=(sympy.core) texts=200 documents=2 asked=9 ramp=2
   base+=(train.steps=6 schedule.warmup_steps=1 model.hidden_size=64 model.intermediate_size=128 model.attention.num_heads=2
@@ -56,9 +56,9 @@ evaluate() {
     --out "$OUT/$name/$task"
 }
 held_out=(--data "$work/data/held_out" --limit "$documents")
-evaluate recurrent perplexity 160 "${held_out[@]}" --num-steps "$depths" &
+evaluate recurrent perplexity 140 "${held_out[@]}" --num-steps "$depths" &
 evaluate fixed perplexity 90 "${held_out[@]}" &
-for name in recurrent fixed; do evaluate "$name" cola 160 --generate "$asked" "${cola[@]}" & done
+for name in recurrent fixed; do evaluate "$name" cola 140 --generate "$asked" "${cola[@]}" & done
 wait
 
 samplers() {
