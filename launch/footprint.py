@@ -142,13 +142,33 @@ def _inside_linear_memory_backward(grad_o, of_final, of_momentum, q, k, v, decay
 def _inside_mlp_memory_backward(
     grad_o, of_final, q, k, v, reads1, weight, ends1, writes1, reads2, weight2, ends2, writes2, gain, initial, *_
 ) -> float:
-    """Of a group of g chunks and one more: the states, float32, and three of what the layers pass on, (F, C) a head, in
-    the type of k; and what was read before a norm, float32 (kernels/neural_memory/triton_mlp.py). Groups grow with the
-    root of a row's length, and are taken here to grow with it."""
-    (S, H, _, size), (M, _, C, _) = initial.shape, weight.shape
-    group, F = isqrt(-(-M // S) - 1) + 1, size // (k.shape[-1] + v.shape[-1])
-    states = 4 * (group + 1) * initial.numel()
-    return states + 3 * S * (group + 1) * H * F * C * k.element_size() + 4 * S * group * H * C * v.shape[-1]
+    """Of a group of g chunks: the states before them and δ₂, in the type of k, and U, float32. Of one chunk: the state,
+    seven matrices (F, C) a head in the type of k, and what tiles of 64 hidden channels leave to be summed. Of all: that
+    of gates, and what comes back through a norm (kernels/neural_memory/triton_mlp.py). Groups grow with the root of a
+    row's length, and are taken here to grow with it."""
+    (S, H, P, size), (M, _, C, _), K, V, width = initial.shape, weight.shape, k.shape[-1], v.shape[-1], k.element_size()
+    group, F = isqrt(-(-M // S) - 1) + 1, size // (K + V)
+    states = group * (width * initial.numel() + (width + 4) * S * H * C * V)
+    chunk = 4 * initial.numel() + S * H * C * (7 * F * width + F // 64 * 8 * (V + K + C))
+    gates = 4 * M * H * (F // 64) * (4 * P * C + 2 * (2 * P - 1))
+    return states + chunk + gates + (0 if gain is None else v.numel() * width)
+
+
+def _inside_long_memory(q, k, v, writes, ends, first, second, chunk_size, silu, l2, save) -> float:
+    """Of one chunk, what lies between its products, and where nothing is saved what would be
+    (kernels/neural_memory/long_chunks_walk.py), in the type of q."""
+    (B, T, H, V), (K, P, _, F) = v.shape, first.shape[1:]
+    saved = 0 if save else 2 * K + 5 * F + V
+    return B * H * min(T, chunk_size) * (2 * F + 2 * P * F + P * V + V + saved) * q.element_size()
+
+
+def _inside_long_memory_backward(
+    grad_o, of_first, of_second, writes, ends, first, second, room, chunk_size, *_
+) -> float:
+    """Likewise, and the adjoint of a state in that type too."""
+    (B, T, H, V), (K, P, _, F) = grad_o.shape, first.shape[1:]
+    of_tokens = B * H * min(T, chunk_size) * (2 * V + 11 * F + 2 * K + 4 * P * F + 2 * P * V)
+    return (of_tokens + first.numel() + second.numel()) * grad_o.element_size()
 
 
 INSIDE: dict[str, Callable[..., float]] = {
@@ -159,6 +179,8 @@ INSIDE: dict[str, Callable[..., float]] = {
     "linear_memory_triton": lambda q, k, v, decay, weight, *_: _inside_linear_memory(q, weight),
     "linear_memory_triton_backward": _inside_linear_memory_backward,
     "neural_memory_mlp_triton_backward": _inside_mlp_memory_backward,
+    "neural_memory_long": _inside_long_memory,
+    "neural_memory_long_backward": _inside_long_memory_backward,
     # h of the step before; and, of gates side by side, what the weight's gradient sums (kernels/head_rnn/triton_op.py)
     "head_rnn_backward": lambda grad_h, *_: 2.0 * grad_h.numel() * grad_h.element_size(),
 }

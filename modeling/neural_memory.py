@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from riverrun.kernels.common.memory_rule import curvature
-from riverrun.kernels.neural_memory import Gates, MemoryState, fresh_state, neural_memory
+from riverrun.kernels.neural_memory import Gates, MemoryState, fresh_state, neural_memory, write_memory
 from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, short_convs
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.memory_options import NeuralMemoryOptions
@@ -169,15 +169,21 @@ class NeuralMemory(nn.Module):
 
     def start(self, persistent: torch.Tensor | None) -> MemoryState:
         """What sequences start from, as that of one."""
+        o = self.options
+        fresh = fresh_state(tuple(map(at_least_fp32, self.weights)), 1, o.rule, o.momentum, o.head_dim)
         if persistent is None or not len(persistent):
-            weights = tuple(at_least_fp32(w) for w in self.weights)
-            return fresh_state(weights, 1, self.options.rule, self.options.momentum, self.options.head_dim)
+            return fresh
 
         def convolve(**convs: tuple[ShortConv, torch.Tensor]) -> list[torch.Tensor]:
             return [conv(x, None, None)[0] for conv, x in convs.values()]
 
-        _, state = self.run(self.inputs(persistent[None], convolve), None, chunk_size=len(persistent))
-        return state._replace(anchor=state.weights if self.options.chunk_size > 1 else None)
+        inputs = self.inputs(persistent[None], convolve)
+        if o.omega_window > 1 or o.newton_schulz:
+            _, state = self.run(inputs, None, chunk_size=len(persistent))
+        else:
+            _, k, v, gates, delta, _ = inputs
+            state = write_memory(k, v, fresh, gates, rule=o.rule, norm_weight=self.norm_gain, delta=delta)
+        return state._replace(anchor=state.weights if o.chunk_size > 1 else None)
 
     def reset_parameters(self) -> None:
         o = self.options

@@ -23,7 +23,8 @@ def _exp2(x):
 
 
 @triton.jit
-def _reciprocal(x):
+def reciprocal(x):
+    """1 / x."""
     if INTERPRETED:
         return 1.0 / x
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
@@ -38,13 +39,13 @@ def exp(x):
 @triton.jit
 def sigmoid(x):
     """1 / (1 + e^−x)."""
-    return _reciprocal(1.0 + _exp2(x * -1.4426950408889634))
+    return reciprocal(1.0 + _exp2(x * -1.4426950408889634))
 
 
 @triton.jit
 def tanh(x):
     """2 σ(2x) − 1."""
-    return 2.0 * _reciprocal(1.0 + _exp2(x * -2.8853900817779268)) - 1.0
+    return 2.0 * reciprocal(1.0 + _exp2(x * -2.8853900817779268)) - 1.0
 
 
 @triton.jit

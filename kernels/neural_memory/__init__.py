@@ -9,13 +9,13 @@ import torch
 
 from riverrun.kernels.common.backend import check_shape, resolve_backend
 from riverrun.kernels.common.memory_rule import Rule
-from riverrun.kernels.neural_memory.chunked import neural_memory_chunked
+from riverrun.kernels.neural_memory.chunked import neural_memory_chunked, write_chunk
 from riverrun.kernels.neural_memory.network import read, weights_of
 from riverrun.kernels.neural_memory.reference import neural_memory_reference
 from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Weights, fresh_state
 from riverrun.kernels.neural_memory.triton_path import kind_of, neural_memory_triton
 
-__all__ = ["Gates", "MemoryState", "Rule", "fresh_state", "neural_memory", "read_memory"]
+__all__ = ["Gates", "MemoryState", "Rule", "fresh_state", "neural_memory", "read_memory", "write_memory"]
 
 
 def neural_memory(
@@ -59,7 +59,8 @@ def neural_memory(
         resumable: whether a later call is to go on from the returned state; else its `anchor` says nothing. Triton's
             kernels for chunks of more than one token need to know: of packed documents they leave no such state.
         backend: "auto", "reference", "chunked" or "triton" (see `resolve_backend`). Triton has linear memories and
-            those of two layers, with an ℓ2 loss and gates of heads or layers, in chunks of 16 to 64 tokens, or online.
+            those of two layers, with an ℓ2 loss and gates of heads or layers, in chunks of 16 to 64 tokens, or online;
+            and gated ones without norm or residual that are read at the starts of chunks of at least their width.
 
     Returns:
         o (B, T, H, V) in the dtype of `q`, and the state of every sequence after it. Any split of a sequence into
@@ -73,9 +74,8 @@ def neural_memory(
     _check(q, k, v, weights, layers, rule, norm_weight, delta, gamma, initial_state, position, cu_seqlens)
     goes_on = position is not None and rule.chunk_size > 1  # maybe in the middle of a chunk, where kernels do not begin
     leaves = resumable and rule.chunk_size > 1 and cu_seqlens is not None
-    has_triton = (
-        q.shape[1] > 1 and not goes_on and not leaves and kind_of(weights, layers, rule, norm_weight) is not None
-    )
+    kind = kind_of(weights, layers, rule, norm_weight, packed=cu_seqlens is not None)
+    has_triton = q.shape[1] > 1 and not goes_on and not leaves and kind is not None
     if backend == "triton" and not has_triton:
         raise ValueError(
             "neural_memory: there is no Triton kernel for this rule, these sizes, a single token, packed documents "
@@ -104,6 +104,32 @@ def read_memory(
         W = weights_of(rule, accumulators)
         x = q.to(W[0].dtype).transpose(1, 2)
         return read(rule, len(W), x, norm_weight, lambda layer, h: h @ W[layer]).transpose(1, 2).to(q.dtype)
+
+
+def write_memory(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    state: MemoryState,
+    gates: Sequence[Gates],
+    *,
+    rule: Rule,
+    norm_weight: torch.Tensor | None = None,
+    delta: torch.Tensor | None = None,
+) -> MemoryState:
+    """`neural_memory`'s state after tokens k (1, T, H, K) and v (1, T, H, V) that are one chunk, whatever
+    `rule.chunk_size`, and that nothing reads: for few tokens, such as persistent ones, with little work for the host.
+
+    Args:
+        state: of one sequence (S = 1), at a chunk's start.
+        gates: of every layer, (1, T, H) or (1, T, H, out).
+
+    Raises:
+        ValueError: a rule with a window or with orthogonal updates.
+    """
+    if rule.window > 1 or rule.newton_schulz:
+        raise ValueError("write_memory: windows and orthogonal updates need neural_memory")
+    with torch.autocast(k.device.type, enabled=False):
+        return write_chunk(k, v, state, tuple(gates), rule, norm_weight, delta)
 
 
 def _check(q, k, v, weights, layers, rule, norm_weight, delta, gamma, state, position, cu_seqlens) -> None:

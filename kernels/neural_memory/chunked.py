@@ -117,6 +117,37 @@ def neural_memory_chunked(
     return chunks.join(o.transpose(1, 2)).to(q.dtype), final
 
 
+def write_chunk(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    state: MemoryState,
+    gates: tuple[Gates, ...],
+    rule: Rule,
+    norm_weight: torch.Tensor | None,
+    delta: torch.Tensor | None,
+) -> MemoryState:
+    """The state (S = 1) after all tokens k (1, T, H, K) and v (1, T, H, V) as one chunk, which nothing reads; not of
+    windows or orthogonal updates."""
+    assert rule.window == 1 and not rule.newton_schulz
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    inner = k.dtype if rule.read == "chunk" else dtype
+    valid = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
+    k, v = (x.transpose(1, 2).to(inner) for x in (k, v))
+
+    def split(x: torch.Tensor) -> torch.Tensor:
+        return x.to(dtype).transpose(1, 2)
+
+    shared = all(layer is gates[0] for layer in gates)
+    in_chunks = [_split_gates(split, layer, rule) for layer in (gates[:1] if shared else gates)]
+    of_chunks = [chunk_gates(g, valid) for g in in_chunks] * (len(gates) if shared else 1)
+    delta = None if delta is None else delta.transpose(1, 2).to(inner)
+    running = _Running(state.weights, state.momentum, state.weights, None)
+    terms = _Terms(k, k, v, tuple(of_chunks), delta, None, torch.ones_like(valid[:, 0]))
+    inputs, gradients = learn(rule, k, v, weights_of(rule, state.weights), norm_weight, delta)
+    left = _leave(rule, running, terms, inputs, gradients)
+    return MemoryState(left.weights, left.momentum, left.weights)
+
+
 def _anchor(state: MemoryState, rule: Rule, position: torch.Tensor | None) -> Weights:
     """The accumulators at the start of the chunk that the next token belongs to."""
     if state.anchor is None or position is None:

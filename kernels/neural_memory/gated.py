@@ -36,6 +36,14 @@ def slope(z: torch.Tensor, activation: str) -> torch.Tensor:
     return 0.5 * (1 + torch.erf(z * 0.5**0.5)) + z * torch.exp(-0.5 * z.square()) * (0.5 / torch.pi) ** 0.5
 
 
+def curve(z: torch.Tensor, activation: str) -> torch.Tensor:
+    """φ''(z)."""
+    if activation == "silu":
+        s = z.sigmoid()
+        return s * (1 - s) * (2 + z * (1 - 2 * s))
+    return torch.exp(-0.5 * z.square()) * (0.5 / torch.pi) ** 0.5 * (2 - z.square())
+
+
 def fused(a: torch.Tensor) -> bool:
     return a.is_cuda and a.dtype in (torch.bfloat16, torch.float16, torch.float32)
 

@@ -18,6 +18,7 @@ would add to the weights is masked.
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from riverrun.kernels.diagonal_scan import diagonal_scan
 from riverrun.kernels.neural_memory.rule import Gates
@@ -77,21 +78,23 @@ def chunk_gates(gates: Gates, valid: torch.Tensor, sources: torch.Tensor | None 
 def chunk_ends(gates: Gates, valid: torch.Tensor) -> ChunkGates:
     """The same of the chunks' last rows only (b = 1 there), without matrices of b × b: what long chunks need.
 
-    x_i = Σ_{j ≥ i} (β_b / β_j)(m_j / m_i) is a recurrence from the end, x_i = β_b / β_i + η_{i+1} x_{i+1}.
+    x_i = Σ_{j ≥ i} (β_b / β_j)(m_j / m_i) is a recurrence from the end, x_i = β_b / β_i + η_{i+1} x_{i+1}; f = η_1 x_1.
     """
     log_keep, lr, log_momentum = gates
     assert lr.ndim == log_keep.ndim == 3
-    to_end = _after(log_keep).exp()
-    decay = log_keep.sum(-1, keepdim=True).exp()
+    logs = log_keep[None] if log_momentum is None else torch.stack([log_keep, log_momentum])
+    logs, lr = logs.flip(-1), lr.flip(-1)  # from the last token to the first
+    sums = logs.cumsum(-1)
+    whole, to_end = sums[..., -1].exp(), F.pad(sums[..., :-1], (1, 0)).exp()
     if log_momentum is None:
-        return ChunkGates(decay, (to_end * lr)[..., None, :], None, None, None)
-    to_end = to_end * valid[:, None]
-    shifted = torch.cat([log_momentum[..., 1:], torch.zeros_like(log_momentum[..., :1])], dim=-1).exp()
-    sums, _ = diagonal_scan(*(x.flip(-1).movedim(-1, 1) for x in (to_end, shifted)))
-    sums = sums.movedim(1, -1).flip(-1)
-    total = log_momentum.sum(-1)
-    carry = (to_end * log_momentum.cumsum(-1).exp()).sum(-1, keepdim=True)
-    return ChunkGates(decay, (sums * lr)[..., None, :], carry, total.exp(), _after(log_momentum).exp() * lr)
+        return ChunkGates(whole[0, ..., None], (to_end[0] * lr).flip(-1)[..., None, :], None, None, None)
+    kept = to_end[0] * valid.flip(-1)[:, None]
+    momentum = F.pad(logs[1, ..., :-1].exp(), (1, 0))
+    x, _ = diagonal_scan(kept.movedim(-1, 1), momentum.movedim(-1, 1))
+    x = x.movedim(1, -1)
+    carry = x[..., -1:] * logs[1, ..., -1:].exp()
+    weight, momentum_weight = (torch.stack([x, to_end[1]]) * lr).flip(-1).unbind(0)
+    return ChunkGates(whole[0, ..., None], weight[..., None, :], carry, whole[1], momentum_weight)
 
 
 def late(gates: ChunkGates) -> ChunkGates:
@@ -135,9 +138,3 @@ def _between(log: torch.Tensor) -> torch.Tensor:
     lower = torch.ones(b, b, dtype=torch.bool, device=log.device).tril
     sums = log[..., :, None].expand(*log.shape, b).masked_fill(~lower(-1), 0).cumsum(-2)
     return sums.masked_fill(~lower(), -torch.inf).exp()
-
-
-def _after(log: torch.Tensor) -> torch.Tensor:
-    """(…, b) → (…, b): the sum over the later ones."""
-    later = log.flip(-1).cumsum(-1).flip(-1)
-    return torch.cat([later[..., 1:], torch.zeros_like(log[..., :1])], dim=-1)

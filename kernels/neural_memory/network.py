@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from riverrun.kernels.common.memory_rule import Rule
+from riverrun.kernels.common.memory_rule import NORM_EPS, Rule
 from riverrun.kernels.neural_memory.gated import activate, gated, gated_gradients, slope
 from riverrun.kernels.neural_memory.rule import Weights
 
-EPS = 1e-6  # of the norm, and of where |e| is smooth
+EPS = 1e-6  # of where |e| is smooth
 Apply = Callable[[int, torch.Tensor], torch.Tensor]
 
 
@@ -108,14 +108,14 @@ def _hidden(rule: Rule, num_layers: int, x: torch.Tensor, apply: Apply) -> list[
 
 def _output(rule: Rule, x: torch.Tensor, u: torch.Tensor, norm_weight: torch.Tensor | None) -> torch.Tensor:
     if norm_weight is not None:
-        u = F.layer_norm(u, u.shape[-1:], eps=EPS) * norm_weight.to(u.dtype)[:, None]
+        u = F.layer_norm(u, u.shape[-1:], eps=NORM_EPS) * norm_weight.to(u.dtype)[:, None]
     return x + u if rule.residual else u
 
 
 def _norm_gradient(u: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """From that of the normalised u, without gain, that of u."""
     centred = u - u.mean(-1, keepdim=True)
-    inverse = (centred.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    inverse = (centred.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
     unit = centred * inverse
     gradient = gradient - gradient.mean(-1, keepdim=True) - unit * (gradient * unit).mean(-1, keepdim=True)
     return inverse * gradient

@@ -11,7 +11,7 @@ BLOCK, WARPS = 2048, 4
 
 
 @triton.jit
-def _activation(z, SILU: tl.constexpr):
+def activation(z, SILU: tl.constexpr):
     """φ, φ' and φ''."""
     if SILU:
         s = sigmoid(z)
@@ -27,7 +27,7 @@ def gated_kernel(a, c, h, N, SILU: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(a + i, mask=i < N, other=0.0).to(tl.float32)
     x = tl.load(c + i, mask=i < N, other=0.0).to(tl.float32)
-    value, _, _ = _activation(z, SILU)
+    value, _, _ = activation(z, SILU)
     tl.store(h + i, (value * x).to(h.dtype.element_ty), mask=i < N)
 
 
@@ -37,7 +37,7 @@ def gradients_kernel(grad, a, c, of_a, of_c, N, SILU: tl.constexpr, BLOCK: tl.co
     g = tl.load(grad + i, mask=i < N, other=0.0).to(tl.float32)
     z = tl.load(a + i, mask=i < N, other=0.0).to(tl.float32)
     x = tl.load(c + i, mask=i < N, other=0.0).to(tl.float32)
-    value, first, _ = _activation(z, SILU)
+    value, first, _ = activation(z, SILU)
     tl.store(of_a + i, (g * x * first).to(of_a.dtype.element_ty), mask=i < N)
     tl.store(of_c + i, (g * value).to(of_c.dtype.element_ty), mask=i < N)
 
@@ -51,7 +51,7 @@ def second_kernel(by_a, by_c, grad, a, c, of_grad, of_a, of_c, N, SILU: tl.const
     g = tl.load(grad + i, mask=i < N, other=0.0).to(tl.float32)
     z = tl.load(a + i, mask=i < N, other=0.0).to(tl.float32)
     x = tl.load(c + i, mask=i < N, other=0.0).to(tl.float32)
-    value, first, second = _activation(z, SILU)
+    value, first, second = activation(z, SILU)
     tl.store(of_grad + i, (u * x * first + w * value).to(of_grad.dtype.element_ty), mask=i < N)
     tl.store(of_a + i, (g * (u * x * second + w * first)).to(of_a.dtype.element_ty), mask=i < N)
     tl.store(of_c + i, (u * g * first).to(of_c.dtype.element_ty), mask=i < N)

@@ -1,13 +1,15 @@
 """The two-layer memory as a torch operator of Triton kernels.
 
-Forward: one walk over every sequence. For a backward pass it keeps the states before every g-th chunk, g about the root
-of the number of chunks, and what was read before the norm.
-Backward: for each group of g chunks, from the last to the first, `states_kernel` recomputes the states before its
-chunks, and `backward_kernel` walks back over them.
+Forward: step by step over the chunks of all sequences. For a backward pass it keeps the states before every g-th chunk,
+g about the root of the number of chunks, and what was read before the norm.
+Backward: for each group of g chunks, from the last to the first, the same steps make the states before its chunks
+again, and others go back over them.
 """
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,13 +17,17 @@ from torch.nn.functional import normalize
 
 from riverrun.kernels.common.operator import operator
 from riverrun.kernels.common.self_check import check_once, deviation, draws, in_double, is_due
-from riverrun.kernels.common.whole import ceil_div
 from riverrun.kernels.neural_memory.chunked import neural_memory_chunked
 from riverrun.kernels.neural_memory.gates import ChunkGates, triton_gates
 from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Rule, Weights
-from riverrun.kernels.neural_memory.triton_mlp_backward import backward_kernel
+from riverrun.kernels.neural_memory.triton_mlp_backward import (
+    error_gradients_kernel,
+    output_gradients_kernel,
+    reads_kernel,
+    update_kernel,
+)
+from riverrun.kernels.neural_memory.triton_mlp_forward import enter_kernel, error_kernel, step_kernel
 from riverrun.kernels.neural_memory.triton_mlp_launch import Launch, as_kernels_take, pack, unpack
-from riverrun.kernels.neural_memory.triton_mlp_walk import forward_kernel, states_kernel
 from riverrun.kernels.neural_memory.triton_path import MLP_CHUNKS, MLP_MOST_HIDDEN
 
 Tensors = Sequence[torch.Tensor]
@@ -43,16 +49,28 @@ def walk(
     """→ o (B, T, H, V), the final state (S, H, P, F (K + V)); and what a backward pass needs, or if not `save` nothing:
     what was read before a norm (B, T, H, V), and states (M // g, H, P, F (K + V))."""
     launch = Launch.of(k, v, gates[1], norm_weight, initial, cu_seqlens, silu, residual)
-    o, final, nothing = torch.empty_like(v), torch.empty_like(initial), gates[0]
+    o, state, nothing = torch.empty_like(v), initial.clone(), gates[0]
     before_norm = torch.empty_like(v) if save and norm_weight is not None else v.new_empty(0)
     checkpoints = initial.new_empty(launch.num_checkpoints if save else 0, *initial.shape[1:])
-    forward_kernel[launch.programs](
-        q, k, v, *gates, nothing if norm_weight is None else norm_weight, initial, o,
-        before_norm if before_norm.numel() else nothing, final, launch.hidden(k, launch.chunks.num_sequences, 3),
-        checkpoints if checkpoints.numel() else nothing, *launch.chunks.tensors[:2], k.shape[1], launch.keep,
-        **launch.options, SAVE=save,
+    if not save:
+        launch = replace(launch, keep=launch.longest + 1)
+    C, V = gates[1].shape[-1], v.shape[-1]
+    d2, partial_u, partial_u_q = launch.room(v, C, V), *(launch.room(initial, launch.tiles, C, V) for _ in range(2))
+    gain, saved = nothing if norm_weight is None else norm_weight, checkpoints if save else nothing
+    enter = launch.of_chunk(enter_kernel, launch.tiles, k, saved, state, partial_u)
+    error = launch.of_chunk(
+        error_kernel, launch.blocks, q, k, v, gain, partial_u, partial_u_q, o,
+        before_norm if before_norm.numel() else nothing, nothing, d2, SAVE=save, AGAIN=False,
     )  # fmt: skip
-    return o, final, before_norm, checkpoints
+    step = launch.of_chunk(
+        step_kernel, launch.tiles, q, k, *gates, d2, saved, state, nothing, partial_u, partial_u_q, AGAIN=False
+    )
+    enter(0)
+    for number in range(launch.longest):
+        error(number)
+        step(number)
+    error(launch.longest)
+    return o, state, before_norm, checkpoints
 
 
 def walk_back(
@@ -72,28 +90,65 @@ def walk_back(
 ) -> list[torch.Tensor]:
     """→ the gradients of q, k, v, the eight gates, norm_weight (H, V) (zeros without one) and the initial state."""
     launch = Launch.of(k, v, gates[1], norm_weight, initial, cu_seqlens, silu, residual)
-    S, (H, V), C = launch.chunks.num_sequences, v.shape[2:], gates[1].shape[-1]
-    adjoint = torch.zeros_like(initial) if grad_final is None else grad_final.clone()
-    by_tokens = [torch.empty_like(x) for x in (q, k, v)]
-    by_gates = [torch.zeros_like(x) if launch.chunks.packed else torch.empty_like(x) for x in gates]
-    by_norm = initial.new_zeros(S, H, V)
-    nothing = gates[0]
+    (M, H, P, C), ends, (F, K, V) = gates[0].shape, gates[2].shape[-1], (launch.options[name] for name in "FKV")
+    keep, tiles, nothing = launch.keep, launch.tiles, gates[0]
     gain = nothing if norm_weight is None else norm_weight
-    states = initial.new_empty(S, launch.keep + 1, *initial.shape[1:])
-    passed = launch.hidden(k, S * (launch.keep + 1), 3)
-    u_of_chunks = initial.new_empty(S, launch.keep, H, C, V)
-    inner, between = launch.hidden(k, S, 4), v.new_empty(S, H, 2, C, V)
-    place = *launch.chunks.tensors[:2], k.shape[1], launch.keep
-    for group in reversed(range(ceil_div(launch.longest, launch.keep))):
-        states_kernel[launch.programs](
-            q, k, v, *gates[:4], *gates[6:], gain, checkpoints if group else initial, states, passed, u_of_chunks,
-            *place, group, **launch.options, FROM_INITIAL=group == 0,
+    # of packed documents there may be fewer chunks than places for them
+    make = partial(torch.zeros if launch.chunks.packed else torch.empty, dtype=torch.float32, device=q.device)
+    by_gain = initial.new_zeros(M, H, launch.blocks, V)
+    if norm_weight is None:
+        by_u_q = grad_o
+    else:
+        by_u_q = torch.empty_like(v)
+        output_gradients_kernel[(M * H * launch.blocks,)](
+            grad_o, before_norm, gain, by_u_q, by_gain, *launch.chunks.tensors[2:], launch.T,
+            H=H, V=V, C=C, WV=launch.options["WV"], PACKED=launch.chunks.packed,
         )  # fmt: skip
-        backward_kernel[launch.programs](
-            grad_o, q, k, v, *gates, gain, before_norm if before_norm.numel() else nothing, states, passed,
-            u_of_chunks, inner, between, adjoint, *by_tokens, *by_gates, by_norm, *place, group, **launch.options,
-        )  # fmt: skip
-    return [*by_tokens, *by_gates, by_norm.sum(0), adjoint]
+
+    state, adjoint = torch.empty_like(initial), torch.zeros_like(initial) if grad_final is None else grad_final.clone()
+    kept, passed = launch.room(k, keep, *initial.shape[2:]), launch.room(k, 7, F, C)
+    u, d2, by_u = launch.room(initial, keep, C, V), launch.room(k, keep, C, V), launch.room(k, C, V)
+    partial_u, partial_d2, partial_q, partial_k, *partial_weights = (
+        launch.room(initial, tiles, C, size) for size in (V, V, K, K, C, C)
+    )
+    by_q, by_k, by_v = (torch.empty_like(x) for x in (q, k, v))
+    shapes = (M, H, tiles, P, C), (M, H, C, C), (M, H, tiles, ends), (M, H, tiles, P, C)
+    by_gates = reads1, weight1, ends1, writes1, reads2, weight2, ends2, writes2 = [make(shape) for shape in shapes * 2]
+    enter = launch.of_chunk(enter_kernel, tiles, k, checkpoints, state, partial_u)
+    error = launch.of_chunk(
+        error_kernel, launch.blocks, q, k, v, gain, partial_u, nothing, nothing, nothing, u, d2, SAVE=False, AGAIN=True
+    )
+    step = launch.of_chunk(
+        step_kernel, tiles, q, k, *gates, d2, checkpoints, state, kept, partial_u, nothing, AGAIN=True
+    )
+    reads = launch.of_chunk(
+        reads_kernel, tiles, q, k, *gates[:2], *gates[3:6], gates[7], kept, d2, by_u_q, adjoint, passed, partial_d2,
+        partial_weights[1], reads2, writes1, writes2,
+    )  # fmt: skip
+    error_gradients = launch.of_chunk(
+        error_gradients_kernel, launch.blocks, grad_o, k, v, gain, u, partial_d2, partial_q, partial_k,
+        *partial_weights, by_u, by_gain, by_q, by_k, by_v, weight1, weight2,
+    )  # fmt: skip
+    update = launch.of_chunk(
+        update_kernel, tiles, q, k, *gates[:5], gates[6], kept, d2, by_u_q, by_u, adjoint, passed, partial_q, partial_k,
+        partial_weights[0], reads1, ends1, ends2,
+    )  # fmt: skip
+
+    chunks = range(launch.longest)
+    for group in reversed(range(0, launch.longest, keep)):
+        if group == 0:
+            state.copy_(initial)
+        enter(group)
+        for number in chunks[group : group + keep]:
+            error(number)
+            step(number)
+        for number in reversed(chunks[group : group + keep]):
+            reads(number)
+            error_gradients(number)
+            update(number)
+    error_gradients(-1)
+    by_gates = [x if x is weight1 or x is weight2 else x.sum(2) for x in by_gates]
+    return [by_q, by_k, by_v, *by_gates, by_gain.sum((0, 2)), adjoint]
 
 
 def check(

@@ -1,6 +1,8 @@
 """How the two-layer memory's work is cut for its Triton kernels, and in which form they take gates and states."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt
 from typing import Any
 
@@ -10,9 +12,11 @@ from riverrun.kernels.common.triton_chunks import Chunks, cut
 from riverrun.kernels.common.whole import ceil_div, power_of_2_from
 from riverrun.kernels.neural_memory.gates import ChunkGates, late
 from riverrun.kernels.neural_memory.rule import Weights
+from riverrun.kernels.neural_memory.triton_mlp_tiles import TOKENS
 
-WARPS = {2: 8, 4: 4}  # by bytes a number: with eight, Triton 3.6's products of float32 are wrong on Hopper
-TILE_F = {2: 128, 4: 32}  # hidden channels of a tile, at most, by bytes a number: eight warps' rows; what fits on chip
+# hidden channels of a tile, at most, and warps of its program, by bytes a number
+TILES = {2: (64, 4), 4: (32, 4)}
+COLUMNS = 64  # of W₁ᵀ and W₂ that a program holds at a time, at most
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,16 @@ class Launch:
         keep: g, chunks of a group, whose first state is kept for a backward pass. Sequences of average length have as
             many groups, so that what is kept is as large as what one group needs when it is recomputed.
         longest: chunks of the longest sequence that there may be.
+        tiles: of a head's hidden channels.
+        blocks: of a chunk's tokens.
     """
 
+    T: int
     chunks: Chunks
     keep: int
     longest: int
+    tiles: int
+    blocks: int
     options: dict[str, Any]
 
     @classmethod
@@ -44,26 +53,29 @@ class Launch:
     ) -> "Launch":
         """`weight` is a layer's G (M, H, C, C)."""
         (_, T, H, K), V, C, (P, size) = k.shape, v.shape[-1], weight.shape[-1], state.shape[2:]
-        F, chunks = size // (K + V), cut(k, C, cu_seqlens)
-        keep = isqrt(ceil_div(chunks.num_chunks, chunks.num_sequences) - 1) + 1
+        F, chunks, (most, warps) = size // (K + V), cut(k, C, cu_seqlens), TILES[k.element_size()]
+        keep, BF = isqrt(ceil_div(chunks.num_chunks, chunks.num_sequences) - 1) + 1, min(most, F & -F)
         options = {"H": H, "K": K, "F": F, "V": V, "C": C, "P": P}
-        options |= {"BK": power_of_2_from(K), "BV": power_of_2_from(V), "BF": min(TILE_F[k.element_size()], F & -F)}
+        WK, WV = power_of_2_from(K), power_of_2_from(V)
+        options |= {"WK": WK, "WV": WV, "BK": min(WK, COLUMNS), "BV": min(WV, COLUMNS), "BF": BF}
         options |= {"NORM": norm_weight is not None, "RESIDUAL": residual, "SILU": silu, "PACKED": chunks.packed}
-        options |= {"num_warps": WARPS[k.element_size()], "num_stages": 1}
-        return cls(chunks, keep, ceil_div(T, C), options)
-
-    @property
-    def programs(self) -> tuple[int]:
-        return (self.chunks.num_sequences * self.options["H"],)
+        options |= {"num_warps": warps, "num_stages": 1}
+        return cls(T, chunks, keep, ceil_div(T, C), F // BF, C // TOKENS.value, options)
 
     @property
     def num_checkpoints(self) -> int:
         """At most: every sequence has one less than groups."""
         return self.chunks.num_chunks // self.keep
 
-    def hidden(self, like: torch.Tensor, slots: int, matrices: int) -> torch.Tensor:
-        """Room for so many matrices (F, C) of all heads, `slots` times."""
-        return like.new_empty(slots, self.options["H"], matrices, self.options["F"], self.options["C"])
+    def of_chunk(self, kernel: Any, shares: int, *tensors: torch.Tensor, **options: bool) -> Callable[[int], Any]:
+        """What starts a kernel on all sequences' chunks of a given number, `shares` programs a sequence and head."""
+        programs = self.chunks.num_sequences * self.options["H"] * shares
+        place = *self.chunks.tensors[:2], self.T, self.keep
+        return partial(kernel[(programs,)], *tensors, *place, **self.options, **options)
+
+    def room(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
+        """(S, H, *shape)."""
+        return like.new_empty(self.chunks.num_sequences, self.options["H"], *shape)
 
 
 def as_kernels_take(gates: ChunkGates, read: str) -> tuple[torch.Tensor, ...]:

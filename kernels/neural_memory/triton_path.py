@@ -7,27 +7,36 @@ import torch
 
 from riverrun.kernels.common.memory_rule import Rule
 from riverrun.kernels.neural_memory.chunked import ONLINE_CHUNK, is_exact_online, neural_memory_chunked
+from riverrun.kernels.neural_memory.long_chunks import neural_memory_long
 from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Weights
 
-Kind = Literal["linear", "two layers"]
+Kind = Literal["linear", "two layers", "long"]
 
 LINEAR_CHUNKS, LINEAR_MOST = (16, 32, 64, 128), 256
 MLP_CHUNKS, MLP_SIZES = (16, 32, 64), (64, 96, 128)
-MLP_HIDDEN, MLP_MOST_HIDDEN = 128, 1024  # with tiles of fewer, Triton 3.6's products are wrong on Hopper
+MLP_HIDDEN, MLP_MOST_HIDDEN = 128, 1024  # hidden channels: a multiple of what was run on Hopper
 
 
-def kind_of(weights: Weights, gates: tuple[Gates, ...], rule: Rule, norm_weight: torch.Tensor | None) -> Kind | None:
+def kind_of(
+    weights: Weights, gates: tuple[Gates, ...], rule: Rule, norm_weight: torch.Tensor | None, packed: bool
+) -> Kind | None:
     """Of the kernels for such a memory; None: there are none."""
-    plain = rule.bias == "l2" and rule.retention == "none" and not rule.gated
-    plain = plain and rule.window == 1 and not rule.newton_schulz and rule.read != "chunk"
+    plain = rule.retention == "none" and rule.window == 1 and not rule.newton_schulz
     if not plain or any(x is not None and x.dim() == 4 for layer in gates for x in layer):
         return None
     K, V = weights[0].shape[-2], weights[-1].shape[-1]
+    if rule.read == "chunk" and rule.gated:  # states are kept at all chunks' starts: they should be few
+        fits = norm_weight is None and not rule.residual and not packed and rule.bias in ("l2", "dot")
+        return "long" if fits and rule.chunk_size >= max(K, V, weights[0].shape[-1]) else None
+    if rule.bias != "l2" or rule.gated or rule.read == "chunk":
+        return None
     if len(weights) == 1:
         fits = norm_weight is None and not rule.residual and max(K, V) <= LINEAR_MOST
         return "linear" if fits and rule.chunk_size in (1, *LINEAR_CHUNKS) else None
     F = weights[0].shape[-1]
     fits = len(weights) == 2 and K in MLP_SIZES and V in MLP_SIZES and F % MLP_HIDDEN == 0 and F <= MLP_MOST_HIDDEN
+    # of packed documents in chunks of 16, without momentum, Triton 3.6 made NaN on an H200
+    fits = fits and (rule.chunk_size > min(MLP_CHUNKS) or gates[0].log_momentum is not None)
     return "two layers" if fits and rule.chunk_size in MLP_CHUNKS else None
 
 
@@ -46,6 +55,8 @@ def neural_memory_triton(
 
     The kernels do not say where the last chunk began. If that is needed, they take whole chunks, and torch the rest.
     """
+    if rule.read == "chunk":
+        return neural_memory_long(q, k, v, state, gates, rule, resumable)
     T = q.shape[1]
     online = is_exact_online(rule, len(gates), norm_weight)
     whole = T if online or not resumable else T - T % rule.chunk_size

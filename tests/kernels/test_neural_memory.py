@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from riverrun.kernels.gated_delta import gated_delta
-from riverrun.kernels.neural_memory import Gates, MemoryState, Rule, fresh_state, neural_memory, read_memory
+from riverrun.kernels.neural_memory import (
+    Gates,
+    MemoryState,
+    Rule,
+    fresh_state,
+    neural_memory,
+    read_memory,
+    write_memory,
+)
 
 H, K = 2, 4
 DOCUMENTS = [1, 9, 1, 1, 17, 4]
@@ -401,6 +409,30 @@ def test_reading_is_what_a_query_would_see():
 
 
 # mistakes
+
+
+@pytest.mark.parametrize("name", [name for name, (_, rule) in VARIANTS.items() if rule.window == 1])
+def test_writing_leaves_what_a_loop_over_the_chunk_does(name):
+    arguments, rule = variant(name, 1, 5)
+    _, want = neural_memory(**arguments, rule=replace(rule, chunk_size=5), backend="reference")
+    gates, weights = arguments["gates"], arguments["weights"]
+    layers = tuple(gates for _ in weights) if isinstance(gates, Gates) else gates
+    fresh = fresh_state(weights, 1, rule, layers[0].log_momentum is not None, arguments["v"].shape[-1])
+    options = {name: arguments[name] for name in ("norm_weight", "delta")}
+    got = write_memory(arguments["k"], arguments["v"], fresh, layers, rule=rule, **options)
+    written = leaves({k: v for k, v in arguments.items() if k not in ("q", "gamma")})
+    for tolerance, g, w in ((1e-12, got, want), (1e-10, *(gradients(state, written) for state in (got, want)))):
+        assert_close(g, w, tolerance)
+
+
+def gradients(state, inputs):
+    loss = sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape)).sum() for x in leaves(state))
+    return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+
+
+def test_windows_are_not_written_alone():
+    with pytest.raises(ValueError, match="windows and orthogonal updates need neural_memory"):
+        write_memory(None, None, None, (), rule=Rule(window=2))
 
 
 @pytest.mark.parametrize(

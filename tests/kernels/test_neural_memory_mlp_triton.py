@@ -218,10 +218,11 @@ def test_user_errors():
 
 def test_compiles_for_hopper():
     kernels = compile_for_hopper(Path(__file__).with_name("launches_neural_memory_mlp.py"))
-    assert {kernel["kernel"] for kernel in kernels} == {"forward_kernel", "states_kernel", "backward_kernel"}
+    spills = {"step_kernel": 64, "reads_kernel": 128, "update_kernel": 128}  # bytes a thread; of the others none
+    others = {"enter_kernel", "error_kernel", "error_gradients_kernel", "output_gradients_kernel"}
+    assert {kernel["kernel"] for kernel in kernels} == {*spills, *others}
     for kernel in kernels:
-        assert kernel["shared"] <= SHARED_LIMIT, kernel
+        assert 2 * kernel["shared"] <= SHARED_LIMIT, f"one program waits alone: {kernel}"
         if kernel["launch"] != "launch_single_precision":
-            assert kernel["wgmma"] > 0, kernel
-            # between loops over tiles the norm's gradient, once a chunk, needs more registers than there are
-            assert kernel["stack"] <= (600 if kernel["kernel"] == "backward_kernel" else 80), f"spills: {kernel}"
+            assert kernel["wgmma"] > 0 or kernel["kernel"] in others, kernel
+            assert kernel["stack"] <= spills.get(kernel["kernel"], 0), f"spills: {kernel}"

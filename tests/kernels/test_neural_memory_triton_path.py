@@ -78,6 +78,7 @@ def cut(x, part):
 @pytest.mark.parametrize("name", RULES)
 def test_packed_documents(name):
     arguments, rule = make(name, 1, 60, momentum=False)
+    rule = replace(rule, chunk_size=32) if name == "two layers" else rule
     bounds = bounds_of([1, 20, 33, 6]).to(DEVICE)
     options = {"rule": rule, "cu_seqlens": bounds}
     want, got = run(arguments, "chunked", **options), run(arguments, "triton", **options, resumable=False)
@@ -88,6 +89,9 @@ def test_packed_documents(name):
 
 
 def test_what_has_no_kernel_is_refused():
+    arguments, rule = make("two layers", 1, 20, momentum=False)
+    with pytest.raises(ValueError, match="there is no Triton kernel"):  # chunks of 16 without momentum
+        neural_memory(**arguments, rule=rule, backend="triton")
     arguments, rule = make("two layers", 1, 20)
     for change in ({"bias": "lp"}, {"chunk_size": 128}, {"read": "chunk"}):
         with pytest.raises(ValueError, match="there is no Triton kernel"):
