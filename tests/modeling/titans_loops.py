@@ -64,7 +64,7 @@ class Memory:
             return torch.einsum("hk,hkv->hv", q, W[0])
         z = F.gelu(torch.einsum("hk,hkf->hf", q, W[0]))
         u = torch.einsum("hf,hfv->hv", z, W[1])
-        u = (u - u.mean(-1, keepdim=True)) / (u.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        u = (u - u.mean(-1, keepdim=True)) / (u.var(-1, unbiased=False, keepdim=True) + 1e-2).sqrt()
         return q + u * self.p["norm_gain"]
 
     def write(self, x, convs=None, chunk=None):
