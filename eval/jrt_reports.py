@@ -1,10 +1,12 @@
 """Reports of made-up products: lines of attributes and their values among sentences that do not matter.
 
 They stand in for FDA and SWDE (`riverrun.eval.jrt_formats`) where there are no data, and are of the same shape: 10 to
-40 attributes a report, no value twice, one of them asked for. A report is a pure function of (seed, number).
+40 attributes a report, no value twice, one of them asked for. A report is a pure function of (seed, number) and of what
+it is to be like.
 """
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from riverrun.eval.haystack import ADJECTIVES, NOUNS
@@ -41,14 +43,15 @@ class Report(NamedTuple):
     value: str
 
 
-def make_report(seed: int, number: int) -> Report:
+def make_report(seed: int, number: int, fewest: int = FEWEST, most: int = MOST, kinds: Sequence[str] = KINDS) -> Report:
+    """`fewest` to `most` attributes, values of these kinds."""
     rng = random.Random(f"{seed}/jrt/{number}")
-    count = rng.randint(FEWEST, MOST)
+    count = rng.randint(fewest, most)
     keys = rng.sample([f"{part} {aspect}" for part in PARTS for aspect in ASPECTS], count)
     title = f"Report on the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}."
     values: list[str] = []
     while len(values) < count:  # none a part of another, or of the title: only one line answers
-        value = _value(rng)
+        value = _value(rng, kinds)
         if value not in title and not any(value in other or other in value for other in values):
             values.append(value)
     lines = [title]
@@ -60,14 +63,8 @@ def make_report(seed: int, number: int) -> Report:
     return Report("\n".join(lines), keys[asked], values[asked])
 
 
-def read_once(seed: int, number: int) -> str:
-    """A report, then one of its lines again: what a model is trained on that is to answer after reading once."""
-    report = make_report(seed, number)
-    return f"{report.text} {report.key[0].upper()}{report.key[1:]}: {report.value}.\n"
-
-
-def _value(rng: random.Random) -> str:
-    kind = rng.choice(KINDS)
+def _value(rng: random.Random, kinds: Sequence[str]) -> str:
+    kind = rng.choice(kinds)
     if kind == "word pair":
         return f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
     if kind == "number":

@@ -1,56 +1,74 @@
 #!/usr/bin/env bash
-# Just Read Twice: small recurrent models, trained on reports that are read once, are asked about new ones that they read
-# once and twice, the question before the first reading.
+# Just Read Twice: small recurrent models, trained on reports that are read once, are asked about new ones of 8, 16 and 32
+# lines that they read once and twice, the question before the first reading.
 #
 #   OUT=results/jrt docs/evaluations/jrt.sh
 #
-# mamba2 and gated_delta are trained on plain reports with a question after each, and on mixed texts, where the question can
-# come first and several reports follow each other (jrt_texts.py); jrt_rnn, prefix linear attention between Mamba-2 and
-# windowed attention, on mixed ones with its own objective. About 5 minutes on one H200.
-# Writes to OUT: a folder for each model with results.json, jrt.png and the losses, and the tables in logs/eval-*.log.
+# Looking up is learnt from reports of one or two lines, 2,000 steps for each of three models; where reports begin longer,
+# losses stand still for thousands of steps. Then mamba2 and gated_delta go on with plain texts of up to 32 lines, and with
+# mixed ones, where the question can come first (jrt_texts.py); jrt_rnn, prefix linear attention between Mamba-2 and
+# windowed attention, with mixed ones and its own objective. About 6 minutes on one H200.
+# Writes to OUT: a folder for each model with the losses, and in it one for each number of lines with results.json and
+# jrt.png; the tables are in logs/eval-*.log.
 
 source "$(dirname "$0")/jobs.sh"
 
-texts=60000 items=400 limit=180 kinds=(plain mixed) base=()
+# Texts, and the lines of their reports at most.
+declare -A texts=([short]=200000 [plain]=60000 [mixed]=60000) lines=([short]=2 [plain]=32 [mixed]=32)
+sizes=(8 16 32) items=400 limit=150 base=()
+short=(train.steps=2000 data.seq_len=256 train.jrt.encoder_len=64 train.global_batch_size=32 train.micro_batch_size=32)
 if [[ $small ]]; then
-  texts=400 items=4 kinds=(mixed)
-  base=(train.steps=12 schedule.warmup_steps=2 model.hidden_size=64 model.gated_delta.head_dim=16 train.global_batch_size=2
-    train.micro_batch_size=2 train.log_every=4 train.dtype=fp32)
+  texts=([short]=400 [plain]=200 [mixed]=200) sizes=(8) items=4
+  base=(train.steps=12 schedule.warmup_steps=2 model.hidden_size=64 train.global_batch_size=2 train.micro_batch_size=2
+    train.log_every=4)
 fi
 
-write_texts() {
-  local number=$texts
-  [[ $1 == mixed ]] && number=$((texts / 2)) # they are twice as long
-  job "texts-$1" 60 env PYTHONPATH="$here/../..${PYTHONPATH:+:$PYTHONPATH}" \
-    bash -c 'python3 "$1" "$2" "$3" > "$4"' - "$here/jrt_texts.py" "$number" "$1" "$work/$1.jsonl"
+# write NAME KIND NUMBER LINES  Generated texts, as JSON lines.
+write() {
+  job "write-$1" 60 env PYTHONPATH="$here/../..${PYTHONPATH:+:$PYTHONPATH}" \
+    bash -c 'python3 "$1" "$2" "$3" "$4" > "$5"' - "$here/jrt_texts.py" "$2" "$3" "$4" "$work/$1.jsonl"
 }
-for kind in "${kinds[@]}"; do write_texts "$kind" & done
+for name in "${!texts[@]}"; do write "$name" "${name/short/plain}" "${texts[$name]}" "${lines[$name]}" & done
+for size in "${sizes[@]}"; do write "questions-$size" questions "$items" "$size" & done
 wait
 job tokenizer 60 "${riverrun[@]}" data tokenizer "$work/mixed.jsonl" --out "$work/tokenizer.model" --vocab-size 1024 \
   --max-megabytes 3
-for kind in "${kinds[@]}"; do
-  job "prepare-$kind" 90 "${riverrun[@]}" data prepare "$work/$kind.jsonl" --tokenizer "$work/tokenizer.model" \
-    --out "$work/$kind" &
+for name in "${!texts[@]}"; do
+  job "prepare-$name" 90 "${riverrun[@]}" data prepare "$work/$name.jsonl" --tokenizer "$work/tokenizer.model" \
+    --out "$work/$name" &
 done
 wait
 
-# study NAME KIND KEY=VALUE… [-- OPTION…]  The options are those of the evaluation.
-study() {
-  local name=$1 kind=$2 values=()
-  shift 2
-  while [[ $# -gt 0 && $1 != -- ]]; do values+=("$1") && shift; done
-  train "$name" "$limit" "$here/jrt.toml" data.train="$work/$kind/train" data.tokenizer="$work/tokenizer.model" \
-    "${base[@]}" "${values[@]}" || return
-  job "eval-$name" 90 "${riverrun[@]}" eval jrt --model "$work/$name" --limit "$items" --batch-size 100 --device "$device" \
-    --out "$OUT/$name" "${@:2}"
+# learn NAME TEXTS KEY=VALUE…
+learn() {
+  train "$1" "$limit" "$here/jrt.toml" data.train="$work/$2/train" data.tokenizer="$work/tokenizer.model" "${@:3}" \
+    "${base[@]}"
 }
 
-for kind in "${kinds[@]}"; do
-  study "mamba2-$kind" "$kind" 'model.layer_pattern=["mamba2"]' &
-  study "gated_delta-$kind" "$kind" 'model.layer_pattern=["gated_delta"]' &
-done
-study jrt_rnn-mixed mixed 'model.layer_pattern=["mamba2","prefix_linear_attention","attention","mamba2"]' \
-  data.seq_len=512 train.objective=jrt -- --prefix 256 &
+# study MODEL TEXTS KEY=VALUE…  Trains $MODEL-short further, and asks it. The JRT-RNN reads without causality what is
+# certainly of the report: seven tokens a line.
+study() {
+  local name=$1-$2 size prefix=()
+  learn "$name" "$2" "${@:3}" train.init_from="$work/$1-short" || return
+  for size in "${sizes[@]}"; do
+    [[ $1 == jrt_rnn ]] && prefix=(--prefix $((7 * size)))
+    job "eval-$name-$size" 90 "${riverrun[@]}" eval jrt --model "$work/$name" --data fda="$work/questions-$size.jsonl" \
+      --batch-size 200 --device "$device" --out "$OUT/$name/$size" "${prefix[@]}"
+  done
+}
+
+# model NAME KINDS KEY=VALUE…  A model of each kind of texts.
+model() {
+  local kind
+  learn "$1-short" short "${@:3}" "${short[@]}" || return
+  for kind in $2; do study "$1" "$kind" "${@:3}" & done
+  wait
+}
+
+model mamba2 "plain mixed" 'model.layer_pattern=["mamba2"]' &
+model gated_delta "plain mixed" 'model.layer_pattern=["gated_delta"]' &
+model jrt_rnn mixed 'model.layer_pattern=["mamba2","prefix_linear_attention","attention","mamba2"]' \
+  model.num_hidden_layers=4 train.objective=jrt &
 wait
 tail -n +1 "$OUT"/logs/eval-*.log
 finish

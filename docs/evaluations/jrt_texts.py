@@ -1,8 +1,12 @@
-"""Texts for jrt.sh as JSON lines, in which no report is read twice. Arguments: how many, and their kind.
+"""Texts for jrt.sh as JSON lines, in which no report is read twice. Arguments: their kind, how many, LINES.
 
-- plain: `read_once`: a report, then one of its lines again
-- mixed: one to three different reports; what is asked for comes after each, eight lines of it again, or, half of
-  the time, before it too: "Information about KEY. REPORT KEY: VALUE."
+- plain: one or two reports of one to LINES lines, each followed by its lines once more, in another order: as many
+  questions, whose answers are at hand
+- mixed: the same, but half of the reports are followed by one line only, which was asked for before them, too:
+  "Information about KEY. REPORT KEY: VALUE."
+- questions: reports of LINES lines that are in no text, with the fields that `riverrun eval jrt --data fda=…` reads
+
+Values are pairs of words, two tokens each. Of a number every digit is a token, to be told by its place besides.
 """
 
 import json
@@ -10,30 +14,40 @@ import random
 import sys
 from functools import partial
 from multiprocessing import Pool
+from typing import Any
 
-from riverrun.eval.jrt_reports import make_report, read_once
+from riverrun.eval.jrt_reports import Report, make_report
 
-SEED = 0  # `riverrun eval jrt` asks about reports of seed 42
-QUESTIONS = 8
+TRAINING, EVALUATION = 0, 42  # seeds
+ASKED_BEFORE = 0.5  # of the reports of mixed texts
+BETWEEN = "\n "  # questions: an answer ends its line, so that a model does not go on with others
+report = partial(make_report, kinds=["word pair"])
 
 
-def mixed(number: int) -> str:
-    rng = random.Random(f"{SEED}/mixed/{number}")
-    parts = []
-    for i in range(rng.randint(1, 3)):
-        report = make_report(SEED, 3 * number + i)
-        if rng.random() < 0.5:
-            key = report.key[0].upper() + report.key[1:]
-            parts.append(f"Information about {key}. {report.text} {key}: {report.value}.\n")
-        else:
-            lines = [line for line in report.text.split("\n") if ": " in line]
-            parts.append(f"{report.text} {' '.join(rng.sample(lines, QUESTIONS))}\n")
-    return "".join(parts)
+def text(kind: str, lines: int, number: int) -> dict[str, str]:
+    rng = random.Random(f"{TRAINING}/{kind}/{lines}/{number}")
+    made = [report(TRAINING, 2 * number + i, 1, lines) for i in range(rng.randint(1, 2))]
+    before = [kind == "mixed" and rng.random() < ASKED_BEFORE for _ in made]
+    return {"text": "".join(asked_before(r) if first else asked_after(r, rng) for r, first in zip(made, before))}
+
+
+def asked_after(made: Report, rng: random.Random) -> str:
+    lines = [line for line in made.text.split("\n") if ": " in line]
+    return f"{made.text} {BETWEEN.join(rng.sample(lines, len(lines)))}\n"
+
+
+def asked_before(made: Report) -> str:
+    key = made.key[0].upper() + made.key[1:]
+    return f"Information about {key}. {made.text} {key}: {made.value}.\n"
+
+
+def question(lines: int, number: int) -> dict[str, Any]:
+    return report(EVALUATION, number, lines, lines)._asdict()
 
 
 if __name__ == "__main__":
-    count, kind = int(sys.argv[1]), sys.argv[2]
-    make = {"plain": partial(read_once, SEED), "mixed": mixed}[kind]
+    kind, count, lines = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    make = partial(question, lines) if kind == "questions" else partial(text, kind, lines)
     with Pool() as pool:
-        for text in pool.imap(make, range(count), chunksize=256):
-            print(json.dumps({"text": text}))
+        for made in pool.imap(make, range(count), chunksize=256):
+            print(json.dumps(made))
