@@ -19,8 +19,7 @@ sizes=(8 16 32) items=400 limit=150 base=()
 short=(train.steps=2000 data.seq_len=256 train.jrt.encoder_len=64 train.global_batch_size=32 train.micro_batch_size=32)
 if [[ $small ]]; then
   texts=([short]=400 [plain]=200 [mixed]=200) sizes=(8) items=4
-  base=(train.steps=12 schedule.warmup_steps=2 model.hidden_size=64 train.global_batch_size=2 train.micro_batch_size=2
-    train.log_every=4)
+  base=(train.steps=12 schedule.warmup_steps=2 train.global_batch_size=2 train.micro_batch_size=2 train.log_every=4)
 fi
 
 # write NAME KIND NUMBER LINES  Generated texts, as JSON lines.
