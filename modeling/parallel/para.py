@@ -175,8 +175,9 @@ def _linearise(
     """Φ (B, K, D) at `start`, and A (B, K, K, D), zero where the end does not depend on the start; tame slopes for the
     iteration, unless they are to be as `steep` as they are."""
     start = start.detach().requires_grad_()
-    # the hooks keep recomputation away from a graph that is gone before the forward pass is over
-    with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
+    # the hooks keep recomputation away from a graph that is gone before the forward pass is over; outputs that it saves
+    # as they are would keep it alive
+    with torch.enable_grad(), saved_tensors_hooks(torch.Tensor.detach, lambda x: x):
         _, end = solve(gates.detach(), start, bounds)
         # channels do not mix: the gradient of all channels' sum is every channel's own
         rows = [torch.autograd.grad(e.sum(), start, retain_graph=True)[0] for e in end.unbind(1)]

@@ -1,5 +1,8 @@
 """The nonlinear cells over ranks: hard weights, chains that settle and chains that do not, cells that forget."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -107,3 +110,21 @@ def test_one_cell_that_remembers_is_enough_to_look_at_all(ranks, op, bounds):
     results = ranks(4).run(shared, op, 0.5, 4.0, bounds, {"BURN_IN": 7, "WORTH": 1})
     assert_exact(results, op, 0.5, 4.0, bounds)
     assert all(r[2] is None or r[2].change > 0 for r in results)
+
+
+def test_what_slopes_are_made_of_is_freed_at_once():
+    """Not when the garbage collector finds it: by then a GPU's memory is full."""
+    made = []
+
+    def solve(gates, initial, cu_seqlens):
+        final = torch.tanh(initial + gates.sum())  # whose gradient is made of what it gave, as those of the cells are
+        made.append(weakref.ref(final))
+        return gates, final
+
+    gc.disable()
+    try:
+        zeros = torch.zeros(ROWS, 1, D)
+        para._linearise(solve, torch.ones(3), zeros, None, torch.ones(ROWS, 1, 1, dtype=torch.bool))
+        assert made[0]() is None
+    finally:
+        gc.enable()
