@@ -44,7 +44,7 @@ from riverrun.kernels.common.triton_affine import (
 
 
 @triton.jit
-def _load_rows(p, mask, D: tl.constexpr, N: tl.constexpr):
+def load_rows(p, mask, D: tl.constexpr, N: tl.constexpr):
     """N rows of D numbers, as float32."""
     out = ()
     for i in tl.static_range(N):
@@ -53,7 +53,7 @@ def _load_rows(p, mask, D: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _load_group(p, left, D: tl.constexpr, G: tl.constexpr, U: tl.constexpr, EVEN: tl.constexpr):
+def load_group(p, left, D: tl.constexpr, G: tl.constexpr, U: tl.constexpr, EVEN: tl.constexpr):
     """G rows each of U tokens, in their own dtype, in lanes that have `left` tokens left."""
     out = ()
     for j in tl.static_range(U):
@@ -63,7 +63,7 @@ def _load_group(p, left, D: tl.constexpr, G: tl.constexpr, U: tl.constexpr, EVEN
 
 
 @triton.jit
-def _token(group, bias, j: tl.constexpr, G: tl.constexpr):
+def token_of(group, bias, j: tl.constexpr, G: tl.constexpr):
     """The pre-activations of token j of a group."""
     out = ()
     for i in tl.static_range(G):
@@ -135,11 +135,11 @@ def forward_kernel(
     nothing = tl.zeros([C, BD], tl.float32)
     d = d + tl.zeros([C, BD], tl.int32)
 
-    w = _load_rows(weight + d, channel, D, P)
-    w_bias = _load_rows(bias + d, channel & HAS_BIAS, D, G)
+    w = load_rows(weight + d, channel, D, P)
+    w_bias = load_rows(bias + d, channel & HAS_BIAS, D, G)
     start = zeros(nothing, K)
     if HAS_INITIAL and not PACKED:
-        start = _load_rows(initial + b * K * D + d, channel & (row == 0), D, K)
+        start = load_rows(initial + b * K * D + d, channel & (row == 0), D, K)
 
     token = row.to(tl.int64) * L  # the first of each chunk
     p_gates = gates + (b * T + token) * (G * D) + d
@@ -166,7 +166,7 @@ def forward_kernel(
                 m = nothing + 1.0
             group = following
             left = tl.where(active & (token + at + U >= 0) & (at + U < L), after - at - U, 0)
-            following = _load_group(p_gates + (at + U) * (G * D), left, D, G, U, EVEN)
+            following = load_group(p_gates + (at + U) * (G * D), left, D, G, U, EVEN)
             if i >= first:  # a block of its own, so that the compiler leaves the loads before it
                 left = tl.where(active & (token + at >= 0), after - at, 0)
                 stored = tl.where(at >= 0, left, 0)
@@ -182,12 +182,12 @@ def forward_kernel(
                     if PACKED:
                         starts = ((word >> j) & 1) != 0
                         if HAS_INITIAL:
-                            fresh = _load_rows(initial + document.to(tl.int64) * (K * D) + d, starts & within, D, K)
+                            fresh = load_rows(initial + document.to(tl.int64) * (K * D) + d, starts & within, D, K)
                         else:
                             fresh = zeros(nothing, K)
                         state = select(starts, fresh, state)
                         document += (word >> j) & 1
-                    kept = ACTIVATE(state, _token(group, w_bias, j, G), w)
+                    kept = ACTIVATE(state, token_of(group, w_bias, j, G), w)
                     if C > 1:
                         J = multiply(JACOBIAN(kept, w), A, K)
                         if PACKED:
@@ -266,8 +266,8 @@ def backward_kernel(
     nothing = tl.zeros([C, BD], tl.float32)
     d = d + tl.zeros([C, BD], tl.int32)
 
-    w = _load_rows(weight + d, channel, D, P)
-    w_bias = _load_rows(bias + d, channel & HAS_BIAS, D, G)
+    w = load_rows(weight + d, channel, D, P)
+    w_bias = load_rows(bias + d, channel & HAS_BIAS, D, G)
 
     # the rows hold the chunks in the order in which the adjoint meets them
     token = (C - 1 - row).to(tl.int64) * L
@@ -307,9 +307,9 @@ def backward_kernel(
             g_group = g_following
             state = check_following
             ahead = tl.where(active & (at + U < L), after + at + U, 0)
-            u_following = _load_group(p_gates - (at + U) * (G * D), ahead, D, G, U, EVEN)
-            g_following = _load_group(p_grad - (at + U) * D, ahead, D, 1, U, EVEN)
-            check_following = _load_rows(p_check - (at + U) // U * (K * D), ahead > 0, D, K)
+            u_following = load_group(p_gates - (at + U) * (G * D), ahead, D, G, U, EVEN)
+            g_following = load_group(p_grad - (at + U) * D, ahead, D, 1, U, EVEN)
+            check_following = load_rows(p_check - (at + U) // U * (K * D), ahead > 0, D, K)
             if i >= first:
                 left = tl.where(active, after + at, 0)
                 stored = tl.where(at >= 0, left, 0)
@@ -325,12 +325,12 @@ def backward_kernel(
                         starts = ((word >> j) & 1) != 0
                         if HAS_INITIAL:
                             p_initial = initial + document.to(tl.int64) * (K * D) + d
-                            fresh = _load_rows(p_initial, starts & (left > (0 if EVEN else j)), D, K)
+                            fresh = load_rows(p_initial, starts & (left > (0 if EVEN else j)), D, K)
                         else:
                             fresh = zeros(nothing, K)
                         state = select(starts, fresh, state)
                         document += (word >> j) & 1
-                    kept = ACTIVATE(state, _token(u_group, w_bias, j, G), w)
+                    kept = ACTIVATE(state, token_of(u_group, w_bias, j, G), w)
                     state = NEW_STATE(kept)
                     group = group + (kept,)
 
@@ -345,7 +345,7 @@ def backward_kernel(
                         else:
                             ends = t + j == T - 1
                             p_final = grad_final + b * (K * D) + d
-                        mu = add(mu, _load_rows(p_final, ends & within, D, K))
+                        mu = add(mu, load_rows(p_final, ends & within, D, K))
                     g = g_group[j].to(tl.float32)
                     mu = (mu[0] + g,) if K == 1 else (mu[0], mu[1] + g)
                     by_gates, by_weight = GRADIENTS(mu, kept, w)

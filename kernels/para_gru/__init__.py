@@ -3,7 +3,7 @@
 import torch
 
 from riverrun.kernels.common.backend import check_shape, resolve_backend
-from riverrun.kernels.common.shooting import check_solver, final_state, plan, state_dtype
+from riverrun.kernels.common.shooting import check_solver, final_state, linearise, plan, state_dtype
 from riverrun.kernels.para_gru.chunked import para_gru_chunked
 from riverrun.kernels.para_gru.reference import para_gru_reference
 
@@ -75,3 +75,39 @@ def para_gru(
     states = para_gru_chunked(gates, weight, initial_state[:, None], cu_seqlens, chunk_size, tolerance, max_passes)
     (h,) = states.unbind(0)
     return h.to(gates.dtype), final_state(states, cu_seqlens)[:, 0]
+
+
+def para_gru_slope(
+    gates: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """How the final state depends on the initial one, at an initial state of zeros, without a gradient.
+
+    For short sequences: in Triton a step at a time.
+
+    Args:
+        gates, weight, bias, cu_seqlens, backend: as in `para_gru`.
+
+    Returns:
+        ∂(final state)/∂(initial state) (S, 1, 1, D), in float32 (float64 if `gates` is float64).
+
+    Raises:
+        ValueError: as in `para_gru`.
+    """
+    if resolve_backend("para_gru", backend, gates, gates.shape[1], has_triton=True) == "triton":
+        from riverrun.kernels.para_gru.triton_cell import para_gru_slope_triton
+
+        return para_gru_slope_triton(gates, weight, bias, cu_seqlens)
+    S, gates, weight = gates.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, gates.detach(), weight.detach()
+
+    def solve(start: torch.Tensor) -> torch.Tensor:
+        _, final = para_gru(
+            gates, weight, bias=bias, initial_state=start[:, 0], cu_seqlens=cu_seqlens, backend=backend
+        )  # fmt: skip
+        return final[:, None]
+
+    return linearise(solve, gates.new_zeros(S, 1, gates.shape[-1], dtype=state_dtype(gates)))[1]

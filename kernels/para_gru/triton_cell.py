@@ -5,6 +5,7 @@ import triton.language as tl  # noqa: F401 - the interpreter looks for it
 
 from riverrun.kernels.common.triton_math import sigmoid, tanh
 from riverrun.kernels.common.triton_shooting import TritonCell, define_triton_op
+from riverrun.kernels.common.triton_slope import define_triton_slope
 from riverrun.kernels.para_gru.chunked import para_gru_chunked
 
 
@@ -51,3 +52,4 @@ def gradients(adjoint, kept, w):
 GRU_CELL = TritonCell(1, 3, 3, activate, new_state, jacobian, gradients)
 
 para_gru_triton = define_triton_op("para_gru", GRU_CELL, para_gru_chunked)
+para_gru_slope_triton = define_triton_slope("para_gru", GRU_CELL, para_gru_chunked)

@@ -3,7 +3,7 @@
 import torch
 
 from riverrun.kernels.common.backend import check_shape, resolve_backend
-from riverrun.kernels.common.shooting import check_solver, final_state, plan, state_dtype
+from riverrun.kernels.common.shooting import check_solver, final_state, linearise, plan, state_dtype
 from riverrun.kernels.para_lstm.chunked import para_lstm_chunked
 from riverrun.kernels.para_lstm.reference import para_lstm_reference
 
@@ -79,3 +79,39 @@ def para_lstm(
     states = para_lstm_chunked(gates, weights, initial_state, cu_seqlens, chunk_size, tolerance, max_passes)
     _, h = states.unbind(0)
     return h.to(gates.dtype), final_state(states, cu_seqlens)
+
+
+def para_lstm_slope(
+    gates: torch.Tensor,
+    weight: torch.Tensor,
+    peephole: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """How the final state depends on the initial one, at an initial state of zeros, without a gradient.
+
+    For short sequences: in Triton a step at a time.
+
+    Args:
+        gates, weight, peephole, bias, cu_seqlens, backend: as in `para_lstm`.
+
+    Returns:
+        ∂(final state)/∂(initial state) (S, 2, 2, D), in float32 (float64 if `gates` is float64).
+
+    Raises:
+        ValueError: as in `para_lstm`.
+    """
+    if resolve_backend("para_lstm", backend, gates, gates.shape[1], has_triton=True) == "triton":
+        from riverrun.kernels.para_lstm.triton_cell import para_lstm_slope_triton
+
+        return para_lstm_slope_triton(gates, torch.cat([weight, peephole.to(weight.dtype)]), bias, cu_seqlens)
+    S, gates, weight = gates.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, gates.detach(), weight.detach()
+
+    def solve(start: torch.Tensor) -> torch.Tensor:
+        return para_lstm(
+            gates, weight, peephole, bias=bias, initial_state=start, cu_seqlens=cu_seqlens, backend=backend
+        )[1]  # fmt: skip
+
+    return linearise(solve, gates.new_zeros(S, 2, gates.shape[-1], dtype=state_dtype(gates)))[1]

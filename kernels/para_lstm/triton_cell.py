@@ -5,6 +5,7 @@ import triton.language as tl  # noqa: F401 - the interpreter looks for it
 
 from riverrun.kernels.common.triton_math import sigmoid, tanh
 from riverrun.kernels.common.triton_shooting import TritonCell, define_triton_op
+from riverrun.kernels.common.triton_slope import define_triton_slope
 from riverrun.kernels.para_lstm.chunked import para_lstm_chunked
 
 
@@ -54,3 +55,4 @@ def gradients(adjoint, kept, w):
 LSTM_CELL = TritonCell(2, 3, 5, activate, new_state, jacobian, gradients)
 
 para_lstm_triton = define_triton_op("para_lstm", LSTM_CELL, para_lstm_chunked)
+para_lstm_slope_triton = define_triton_slope("para_lstm", LSTM_CELL, para_lstm_chunked)

@@ -28,11 +28,10 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch.autograd.graph import saved_tensors_hooks
 
-from riverrun.kernels.common.shooting import record_solve, state_dtype
-from riverrun.kernels.para_gru import para_gru
-from riverrun.kernels.para_lstm import para_lstm
+from riverrun.kernels.common.shooting import linearise, record_solve, state_dtype
+from riverrun.kernels.para_gru import para_gru, para_gru_slope
+from riverrun.kernels.para_lstm import para_lstm, para_lstm_slope
 from riverrun.modeling.parallel.context import Context
 
 PASSES = 2  # before the last one, that are made without asking whether they were needed
@@ -40,6 +39,7 @@ BURN_IN, WORTH = 1024, 4  # tokens that cells may forget everything before; how 
 FORGOTTEN = 2.0**-24  # of a state, what is less than its rounding
 
 Solve = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+Slope = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 def context_para_gru(
@@ -54,7 +54,10 @@ def context_para_gru(
         )  # fmt: skip
         return h, final[:, None]
 
-    return _shared("para_gru", context, solve, gates, 1, tolerance)
+    def slope(gates: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+        return para_gru_slope(gates, weight, bias=bias, cu_seqlens=cu_seqlens)
+
+    return _shared("para_gru", context, solve, slope, gates, 1, tolerance)
 
 
 def context_para_lstm(
@@ -74,17 +77,23 @@ def context_para_lstm(
             gates, weight, peephole, bias=bias, initial_state=initial, cu_seqlens=cu_seqlens, tolerance=tolerance
         )  # fmt: skip
 
-    return _shared("para_lstm", context, solve, gates, 2, tolerance)
+    def slope(gates: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+        return para_lstm_slope(gates, weight, peephole, bias=bias, cu_seqlens=cu_seqlens)
+
+    return _shared("para_lstm", context, solve, slope, gates, 2, tolerance)
 
 
-def _shared(name: str, context: Context, solve: Solve, gates: torch.Tensor, K: int, tolerance: float) -> torch.Tensor:
-    """h, from a solver of K state vectors a channel: (gates, initial (S, K, D), cu_seqlens) → h, final (S, K, D)."""
+def _shared(
+    name: str, context: Context, solve: Solve, slope: Slope, gates: torch.Tensor, K: int, tolerance: float
+) -> torch.Tensor:
+    """h, from a solver of K state vectors a channel: (gates, initial (S, K, D), cu_seqlens) → h, final (S, K, D); and
+    its slope at zeros: (gates, cu_seqlens) → ∂(final)/∂(initial) (S, K, K, D)."""
     (B, _), D = context.shape, gates.shape[-1]
     zeros = gates.new_zeros(B, K, D, dtype=state_dtype(gates))
     if not context.connected:
         return solve(gates, context.initial(zeros), context.cu_seqlens)[0]
     if context.longest_tail > WORTH * BURN_IN:
-        found = _from_recent(name, context, solve, gates, zeros, tolerance)
+        found = _from_recent(name, context, solve, slope, gates, zeros, tolerance)
         if found is not None:
             return found
     for enter, passes, allowed in _entering(name, context, solve, gates, zeros, tolerance):
@@ -100,16 +109,23 @@ def _shared(name: str, context: Context, solve: Solve, gates: torch.Tensor, K: i
 
 
 def _from_recent(
-    name: str, context: Context, solve: Solve, gates: torch.Tensor, zeros: torch.Tensor, tolerance: float
+    name: str,
+    context: Context,
+    solve: Solve,
+    slope: Slope,
+    gates: torch.Tensor,
+    zeros: torch.Tensor,
+    tolerance: float,
 ) -> torch.Tensor | None:
     """h, from states that enter which are made of the last tokens of each shard alone; None if any rank's cells
     remember more. The host waits for that once, when all has been computed."""
     whole, recent, bounds = context.with_recent(gates, BURN_IN)
     cut = [end - begin > BURN_IN for begin, end in context.last_pieces]
     depends = [c or p for c, p in zip(cut, context.passes[context.axis.rank])]
-    _, A = _linearise(solve, recent, zeros, bounds, context.mask(depends, zeros), steep=True)
     end = solve(recent, zeros, bounds)[1]
     h, final = solve(whole, context.initial(context.incoming(end, None)), context.cu_seqlens)
+    A = slope(recent, bounds)
+    A = A.where(context.mask(depends, A), 0)
     gap = (final.index_select(0, context.last) - end).detach().where(context.mask(context.goes_on, zeros), 0)
     remembered, apart = _largest(context, A, gap)
     if remembered > FORGOTTEN or apart > max(tolerance, FORGOTTEN):
@@ -174,15 +190,9 @@ def _linearise(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Φ (B, K, D) at `start`, and A (B, K, K, D), zero where the end does not depend on the start; tame slopes for the
     iteration, unless they are to be as `steep` as they are."""
-    start = start.detach().requires_grad_()
-    # the hooks keep recomputation away from a graph that is gone before the forward pass is over; outputs that it saves
-    # as they are would keep it alive
-    with torch.enable_grad(), saved_tensors_hooks(torch.Tensor.detach, lambda x: x):
-        _, end = solve(gates.detach(), start, bounds)
-        # channels do not mix: the gradient of all channels' sum is every channel's own
-        rows = [torch.autograd.grad(e.sum(), start, retain_graph=True)[0] for e in end.unbind(1)]
-    A = torch.stack(rows, dim=1).where(depends[:, None], 0)
-    return end.detach(), A if steep else _tame(A)
+    end, A = linearise(lambda start: solve(gates.detach(), start, bounds)[1], start)
+    A = A.where(depends[:, None], 0)
+    return end, A if steep else _tame(A)
 
 
 def _fold(context: Context, end: torch.Tensor, A: torch.Tensor, start: torch.Tensor) -> torch.Tensor:

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from riverrun.kernels.common.shooting import take_statistics
-from riverrun.kernels.para_gru import para_gru
-from riverrun.kernels.para_lstm import para_lstm
+from riverrun.kernels.para_gru import para_gru, para_gru_slope
+from riverrun.kernels.para_lstm import para_lstm, para_lstm_slope
 
 OPS = {"para_gru": para_gru, "para_lstm": para_lstm}
+SLOPES = {"para_gru": para_gru_slope, "para_lstm": para_lstm_slope}
 both = pytest.mark.parametrize("op", OPS)
 
 
@@ -133,3 +134,17 @@ def test_in_a_graph_and_compiled(op):
     graph.replay()
     assert torch.equal(captured, want)
     assert torch.equal(torch.compile(call, fullgraph=True)(), want)
+
+
+@both
+@pytest.mark.parametrize("bounds", [None, [0, 1, 700, 1024]], ids=["rows", "documents"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slope_equals_autograd_of_the_solver(op, bounds, dtype):
+    *tensors, bias, _ = make_inputs(op, 1 if bounds else 2, 1024, D=2048, dtype=dtype)
+    tensors[0][:, :, 0] += 5.5 if op == "para_lstm" else -5.5  # states are remembered for about 250 tokens
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device="cuda")
+    got = SLOPES[op](*tensors, bias=bias, cu_seqlens=cu_seqlens, backend="triton")
+    double = [x.double() for x in tensors]
+    want = SLOPES[op](*double, bias=bias.double(), cu_seqlens=cu_seqlens, backend="chunked")
+    assert want.abs().max() > 1e-3
+    assert (got - want).norm() <= 1e-4 * want.norm()

@@ -3,6 +3,7 @@
 import torch
 
 from riverrun.kernels.common.triton_shooting import Launch, solve, solve_backward
+from riverrun.kernels.common.triton_slope import compute_slope
 from riverrun.kernels.para_gru.triton_cell import GRU_CELL
 from riverrun.kernels.para_lstm.triton_cell import LSTM_CELL
 
@@ -35,3 +36,13 @@ def launch_lstm():
 
 def launch_lstm_of_odd_shape():
     run("para_lstm", 2, 333, 100, False, True)
+
+
+def launch_gru_slope():
+    compute_slope(GRU_CELL, torch.zeros(1, 1024, 3, 2048, dtype=torch.bfloat16), torch.zeros(3, 2048), None, None)
+
+
+def launch_lstm_slope_packed():
+    cu_seqlens = torch.tensor([0, 1024], dtype=torch.int32)
+    gates = torch.zeros(1, 1024, 3, 2048, dtype=torch.bfloat16)
+    compute_slope(LSTM_CELL, gates, torch.zeros(5, 2048), torch.zeros(3, 2048), cu_seqlens)

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiling import CARDS
+from compiling import CARDS, SHARED_LIMIT_OF_AMPERE
 
 from riverrun.kernels.common.shooting import take_statistics
-from riverrun.kernels.para_gru import para_gru
-from riverrun.kernels.para_lstm import para_lstm
+from riverrun.kernels.para_gru import para_gru, para_gru_slope
+from riverrun.kernels.para_lstm import para_lstm, para_lstm_slope
 
 D = 5
 OPS = {"para_gru": para_gru, "para_lstm": para_lstm}
+SLOPES = {"para_gru": para_gru_slope, "para_lstm": para_lstm_slope}
 both = pytest.mark.parametrize("op", OPS)
 
 
@@ -156,12 +157,40 @@ def test_double_precision_is_for_torch():
 
 @pytest.mark.parametrize("card", CARDS)
 def test_compiles_for(card):
-    compile_kernels, shared_limit = CARDS[card]
-    kernels = compile_kernels(Path(__file__).with_name("launches_para.py"))
-    assert {k["kernel"] for k in kernels} == {"forward_kernel", "backward_kernel", "_starts_kernel"}
+    """Hopper: all launches. Ampere: the one of each cell with the most registers; without matrix products, Triton cuts
+    kernels alike for both cards, and shared memory is held to the smaller limit."""
+    compile_kernels, _ = CARDS[card]
+    launches = ["launch_gru_packed", "launch_lstm"] if card == "sm_80" else []
+    kernels = compile_kernels(Path(__file__).with_name("launches_para.py"), *launches)
+    expected = {"forward_kernel", "backward_kernel", "_starts_kernel"}
+    assert {k["kernel"] for k in kernels} == expected | ({"slope_kernel"} if card == "sm_90" else set())
     for kernel in kernels:
-        assert kernel["shared"] <= shared_limit, kernel
+        assert kernel["shared"] <= SHARED_LIMIT_OF_AMPERE, kernel
         assert kernel["stack"] <= 16, f"spills: {kernel}"
         assert kernel["kernel"] == "backward_kernel" or kernel["registers"] <= 184, kernel
         # a layout that does not suit the loads is converted at every step, through shared memory
         assert kernel["converts"] <= 8, kernel
+
+
+@both
+@pytest.mark.parametrize("bounds", [None, [0, 1, 12, 29, 37]], ids=["rows", "documents"])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_slope_equals_autograd_of_the_reference(op, bounds, use_bias):
+    S, T = (3, 37) if bounds is None else (len(bounds) - 1, 37)
+    *tensors, bias, _ = make_inputs(op, S if bounds is None else 1, T, S, retention=3.0)
+    options = {"cu_seqlens": None if bounds is None else torch.tensor(bounds, dtype=torch.int32)}
+    got = SLOPES[op](*tensors, bias=bias if use_bias else None, backend="triton", **options)
+
+    def end(state):
+        double = [x.double() for x in tensors]
+        given = {"bias": bias.double()} if use_bias else {}
+        return OPS[op](*double, initial_state=state, backend="reference", **given, **options)[1]
+
+    K = 2 if op == "para_lstm" else 1
+    start = torch.zeros(S, *(2,) * (K - 1), D, dtype=torch.float64)
+    whole = torch.autograd.functional.jacobian(end, start).reshape(S, K, D, S, K, D)
+    places = torch.arange(S)[:, None], torch.arange(D)[None, :]
+    want = whole.permute(0, 3, 2, 5, 1, 4)[places[0], places[0], places[1], places[1]].permute(0, 2, 3, 1)
+    assert got.shape == (S, K, K, D) and want.abs().max() > 1e-3
+    assert (got - want).norm() <= 1e-5 * want.norm()
+    torch.testing.assert_close(SLOPES[op](*tensors, bias=bias if use_bias else None, backend="chunked", **options), got)
