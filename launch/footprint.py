@@ -9,7 +9,7 @@ Allocated bytes are followed operator by operator. They are affine in the rows o
 rows and with three, enough for any number of tokens: the peak is the largest of those lines, which need not be the same
 one for few tokens (a weight's gradient) and for many (activations).
 
-Not seen: what a Triton kernel's launcher allocates and frees again, for which `INSIDE` has formulas; torch.compile.
+Not seen: what a kernel's launcher allocates and frees again, for which `launch/inside.py` has formulas; torch.compile.
 """
 
 import weakref
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from math import isqrt, prod
+from math import prod
 from typing import Any
 from unittest import mock
 
@@ -31,16 +31,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from riverrun.kernels.linear_cross_entropy import CHUNK_BYTES_OF_GPU, linear_cross_entropy
+from riverrun.launch.inside import INSIDE
+from riverrun.modeling import attention_block
 from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.layers import RMSNorm
 from riverrun.modeling.layout import Layout, rotary_tables
+from riverrun.modeling.memory_options import NeuralMemoryOptions
 from riverrun.modeling.options import ModelOptions
 from riverrun.modeling.parallel import collectives
 from riverrun.modeling.parallel.loss import sharded_cross_entropy
 from riverrun.modeling.parallel.mesh import Axis
 from riverrun.modeling.parallel.sharding import meta_model, parameter_plan
 
-TOKENS = 512  # of a traced row, however long the recipe's are: several chunks of every recurrence
+TOKENS = 512  # of a traced row, however long the recipe's are, but for memories: several chunks of every recurrence
+LOOPS = 1000  # operators of a pass over so many tokens: beyond, torch loops over chunks
 
 
 @dataclass(frozen=True)
@@ -103,87 +107,6 @@ def _line(of_two: np.ndarray, rows: float) -> np.ndarray:
     """The affine function of rows that has the given values (..., 2) at one row and two."""
     return of_two[..., 0] + (rows - 1) * (of_two[..., 1] - of_two[..., 0])
 
-
-# what the launchers of Triton kernels hold while they run, in bytes, from the op's arguments
-
-
-def _inside_ssd(grad_y, grad_final, x, dt, A, B, *_) -> float:
-    """States at the chunks' starts and their adjoints, (M, H, N, P) in the type of x each; grad_B and grad_C in two
-    float32 parts each; six float32 numbers a token and head (kernels/ssd/triton_op.py)."""
-    tokens, (H, P), N = prod(x.shape[:2]), x.shape[2:], B.shape[3]
-    chunk = min(64, 8192 // max(64, N))
-    return 2 * tokens / chunk * H * N * P * x.element_size() + 4 * 4 * B.numel() + 6 * 4 * tokens * H
-
-
-def _inside_delta(k: torch.Tensor, exact: bool) -> float:
-    """The inverse and the scores, (M, H, C, C) each, of chunks of C = 64 Householder steps (…/triton_launch.py)."""
-    return 2 * 64 * (prod(k.shape[:4])) * (4 if exact else k.element_size())
-
-
-def _inside_delta_backward(grad_o, grad_final, q, k, v, *rest) -> float:
-    """The same, states and their adjoints at the chunks' edges (M, H, K, V), W and Y like v (…/triton_walks.py); X and
-    Z, as large as inverse and scores, in the type of k (…/triton_op.py)."""
-    steps, size = prod(k.shape[:4]), 4 if rest[-1] else k.element_size()
-    states = 2 * steps / 64 * k.shape[-1] * v.shape[-1]
-    return _inside_delta(k, rest[-1]) + _inside_delta(k, False) + (states + 2 * v.numel()) * size
-
-
-def _inside_linear_memory(q: torch.Tensor, weight: torch.Tensor) -> float:
-    """T and the scores, (M, H, C, C) each, in the type of q (kernels/neural_memory/triton_linear_launch.py)."""
-    return 2.0 * weight.numel() * q.element_size()
-
-
-def _inside_linear_memory_backward(grad_o, of_final, of_momentum, q, k, v, decay, weight, carry, *_) -> float:
-    """The same; states and adjoints at the chunks' edges, (M, H, K, V) each, twice with a momentum; E like v."""
-    states = 2 * (1 if carry is None else 2) * decay.shape[0] * decay.shape[1] * q.shape[-1] * v.shape[-1]
-    return _inside_linear_memory(q, weight) + (states + v.numel()) * q.element_size()
-
-
-def _inside_mlp_memory_backward(
-    grad_o, of_final, q, k, v, reads1, weight, ends1, writes1, reads2, weight2, ends2, writes2, gain, initial, *_
-) -> float:
-    """Of a group of g chunks: the states before them and δ₂, in the type of k, and U, float32. Of one chunk: the state,
-    seven matrices (F, C) a head in the type of k, and what tiles of 64 hidden channels leave to be summed. Of all: that
-    of gates, and what comes back through a norm (kernels/neural_memory/triton_mlp.py). Groups grow with the root of a
-    row's length, and are taken here to grow with it."""
-    (S, H, P, size), (M, _, C, _), K, V, width = initial.shape, weight.shape, k.shape[-1], v.shape[-1], k.element_size()
-    group, F = isqrt(-(-M // S) - 1) + 1, size // (K + V)
-    states = group * (width * initial.numel() + (width + 4) * S * H * C * V)
-    chunk = 4 * initial.numel() + S * H * C * (7 * F * width + F // 64 * 8 * (V + K + C))
-    gates = 4 * M * H * (F // 64) * (4 * P * C + 2 * (2 * P - 1))
-    return states + chunk + gates + (0 if gain is None else v.numel() * width)
-
-
-def _inside_long_memory(q, k, v, writes, ends, first, second, chunk_size, silu, l2, save) -> float:
-    """Of one chunk, what lies between its products, and where nothing is saved what would be
-    (kernels/neural_memory/long_chunks_walk.py), in the type of q."""
-    (B, T, H, V), (K, P, _, F) = v.shape, first.shape[1:]
-    saved = 0 if save else 2 * K + 5 * F + V
-    return B * H * min(T, chunk_size) * (2 * F + 2 * P * F + P * V + V + saved) * q.element_size()
-
-
-def _inside_long_memory_backward(
-    grad_o, of_first, of_second, writes, ends, first, second, room, chunk_size, *_
-) -> float:
-    """Likewise, and the adjoint of a state in that type too."""
-    (B, T, H, V), (K, P, _, F) = grad_o.shape, first.shape[1:]
-    of_tokens = B * H * min(T, chunk_size) * (2 * V + 11 * F + 2 * K + 4 * P * F + 2 * P * V)
-    return (of_tokens + first.numel() + second.numel()) * grad_o.element_size()
-
-
-INSIDE: dict[str, Callable[..., float]] = {
-    "ssd_triton": lambda x, dt, *_: 2.0 * 4 * dt.numel(),
-    "ssd_triton_backward": _inside_ssd,
-    "gated_delta_triton": lambda q, k, *rest: _inside_delta(k, rest[-1]),
-    "gated_delta_triton_backward": _inside_delta_backward,
-    "linear_memory_triton": lambda q, k, v, decay, weight, *_: _inside_linear_memory(q, weight),
-    "linear_memory_triton_backward": _inside_linear_memory_backward,
-    "neural_memory_mlp_triton_backward": _inside_mlp_memory_backward,
-    "neural_memory_long": _inside_long_memory,
-    "neural_memory_long_backward": _inside_long_memory_backward,
-    # h of the step before; and, of gates side by side, what the weight's gradient sums (kernels/head_rnn/triton_op.py)
-    "head_rnn_backward": lambda grad_h, *_: 2.0 * grad_h.numel() * grad_h.element_size(),
-}
 
 # operators that move nothing, or whose time is that of their products
 _STILL = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "mm", "addmm", "_unsafe_view", "alias")
@@ -290,23 +213,36 @@ def _fakes() -> Iterator[None]:
     silent = mock.patch.multiple(
         collectives, gather_parts=_gather, scatter_sum=_scatter, _sum=lambda x, axis: torch.empty_like(x)
     )
-    with FakeTensorMode(), silent, torch.enable_grad():
+    flash = mock.patch.object(attention_block, "_is_flash", lambda *_: True)  # whose operators have fakes
+    with FakeTensorMode(), silent, flash, torch.enable_grad():
         yield
 
 
-@lru_cache(maxsize=256)
-def block_footprint(options: ModelOptions, mixer: str, tp: int, dtype: torch.dtype) -> Footprint:
+def block_footprint(options: ModelOptions, mixer: str, tp: int, dtype: torch.dtype, length: int = TOKENS) -> Footprint:
     """Of a block with that mixer, one rank's part of it.
+
+    Most mixers take as much for many rows as for few that are as many times longer. A memory has large states of every
+    row, and keeps some of its chunks' by the root of their number: its rows are as long as the recipe's, unless torch
+    loops over their chunks, which would take minutes.
 
     Args:
         options: resolved.
         dtype: of parameters and activations.
+        length: tokens of a row, before tensor-parallel ranks share them.
 
     Raises:
         ValueError: the model's sizes do not divide among `tp` ranks.
     """
+    found = _block(options, mixer, tp, dtype, TOKENS)
+    if isinstance(getattr(options, mixer), NeuralMemoryOptions) and found.forward.operators(1) <= LOOPS:
+        return _block(options, mixer, tp, dtype, length)
+    return found
+
+
+@lru_cache(maxsize=256)
+def _block(options: ModelOptions, mixer: str, tp: int, dtype: torch.dtype, length: int) -> Footprint:
     single = replace(options, num_hidden_layers=1, layer_pattern=(mixer,), depth=None)
-    return trace(single, tp, dtype, lambda body, layout, like: partial(body.layers[0], layout=layout))
+    return trace(single, tp, dtype, lambda body, layout, like: partial(body.layers[0], layout=layout), length)
 
 
 def trace(
@@ -314,14 +250,16 @@ def trace(
     tp: int,
     dtype: torch.dtype,
     part: Callable[[Any, Layout, torch.Tensor], Callable[[torch.Tensor], torch.Tensor]],
+    length: int = TOKENS,
 ) -> Footprint:
     """Of a part of a model with these options, one rank's.
 
     Args:
         part: (the model between tokens and head, layout, a hidden state) → the function to trace, of a hidden state.
+        length: tokens of a row.
     """
-    options, row = replace(options, attention=replace(options.attention, window=None)), TOKENS // tp * tp
-    passes, kept, entered = [], [], []  # without windows: flash kernels save the same in one
+    row = length // tp * tp
+    passes, kept, entered = [], [], []
     for rows in (2, 3):  # of one row some copies are none
         with _fakes():
             body, layout = _shard(options, tp, dtype).model, _layout(options, rows, row, dtype)
@@ -443,7 +381,8 @@ def _free_gradients(*params: nn.Parameter) -> None:
 
 
 def _layout(options: ModelOptions, rows: int, length: int, dtype: torch.dtype) -> Layout:
-    """Rows of one document each: all mixers save the same for packed ones. What can be read as a prefix is."""
+    """Rows of one document each: packed ones take the same, but in memories, which have a state of each document. What
+    can be read as a prefix is."""
     layout = Layout.of_rows((rows, length), torch.zeros(rows, dtype=torch.int64))
     if options.reads_prefix:
         layout.prefix = torch.ones(rows, length, dtype=torch.bool)

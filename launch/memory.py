@@ -226,7 +226,7 @@ def moments(recipe: Recipe, layout: Layout) -> Iterator[Memory]:
     kept = once + 6 * 8 * tokens  # tokens, targets, positions, documents: int64
     tied = size * held.embedding if options.tie_word_embeddings else 0  # the head's gradient waits for the embedding's
     state = tokens * options.hidden_size * size / layout.tp
-    for unit in units(options, layout.tp, dtype, layout.recompute):
+    for unit in units(options, layout.tp, dtype, layout.recompute, recipe.data.seq_len // layout.cp):
         # of the repeated parameters, and of what each iteration is given besides its state
         added = size * held.repeated + state if unit.repeated else 0
         for moment in unit.moments(tokens, grown=state, added=added):

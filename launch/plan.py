@@ -198,7 +198,7 @@ def _micro_batch(recipe: Recipe, layout: Layout, cluster: Cluster) -> dict[str, 
             of_peak = SPLIT if split else MIXING.get(part.mixer, OTHERS)
             mixing += part.mixing * (forward + 2 * backward + more) / of_peak
     moved = stepped = operators = 0.0
-    for block, often in footprints(options, tp, dtype):
+    for block, often in footprints(options, tp, dtype, T // cp):
         forward, backward = often.ways(layout.recompute)
         rows = tokens / block.row
         moved += block.forward.moved(rows) * forward + block.backward.moved(rows) * backward

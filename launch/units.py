@@ -77,14 +77,16 @@ class Unit:
             stack += part.saved(tokens)
 
 
-def units(options: ModelOptions, tp: int, dtype: torch.dtype, recompute: bool) -> list[Unit]:
+def units(options: ModelOptions, tp: int, dtype: torch.dtype, recompute: bool, length: int) -> list[Unit]:
     """Of a micro batch, in the order of the forward pass. What has no gradient leaves nothing and is not there.
 
     Args:
         options: resolved.
+        length: tokens of its rows, before tensor-parallel ranks share them.
     """
     parts = [
-        (f"block {i} ({mixer})", block_footprint(options, mixer, tp, dtype)) for i, mixer in enumerate(options.layers)
+        (f"block {i} ({mixer})", block_footprint(options, mixer, tp, dtype, length))
+        for i, mixer in enumerate(options.layers)
     ]
     times = most_graded(options)
     if options.universal is not None:
@@ -110,10 +112,12 @@ def units(options: ModelOptions, tp: int, dtype: torch.dtype, recompute: bool) -
     ]
 
 
-def footprints(options: ModelOptions, tp: int, dtype: torch.dtype) -> list[tuple[Footprint, Passes]]:
-    """All of the model but embedding and head, and how often each part runs on a micro batch."""
+def footprints(options: ModelOptions, tp: int, dtype: torch.dtype, length: int) -> list[tuple[Footprint, Passes]]:
+    """All of the model but embedding and head, and how often each part runs on a micro batch of rows of that length."""
     of_layers = passes(options)
-    found = [(block_footprint(options, mixer, tp, dtype), often) for mixer, often in zip(options.layers, of_layers)]
+    found = [
+        (block_footprint(options, mixer, tp, dtype, length), often) for mixer, often in zip(options.layers, of_layers)
+    ]
     if options.depth is not None:
         core = core_footprint(options, tp, dtype)
         found += [(core.drive, ONCE), (core.injection, of_layers[core_layers(options).start])]
