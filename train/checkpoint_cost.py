@@ -23,6 +23,8 @@ class Cost:
 
     Attributes:
         stall: what training waited for.
+        first: the same of the first one beside training, which allocates the host's memory for the copy; later ones use
+            it again, and only they are in the medians. None: written in its place.
         write: from the beginning to the checkpoint's being in its place.
         step: a step of one micro batch while nothing is written.
         step_beside: a step while a checkpoint is being written; None: there was none.
@@ -31,6 +33,7 @@ class Cost:
 
     asynchronous: bool
     stall: float
+    first: float | None
     write: float
     step: float
     step_beside: float | None
@@ -63,7 +66,7 @@ def measure(recipe: Recipe, folder: Path, ranks: Ranks, saves: int) -> Iterator[
     for asynchronous in (False, True):
         saver = Saver(folder, 1, ranks, asynchronous)
         saved, beside = [], []
-        for number in range(saves):
+        for number in range(saves + asynchronous):
             if ranks.device.type == "cuda":
                 torch.cuda.synchronize()
             saver.start(number, engine, {})
@@ -74,9 +77,11 @@ def measure(recipe: Recipe, folder: Path, ranks: Ranks, saves: int) -> Iterator[
             assert done is not None
             saved.append(done)
         saver.close()
+        first = saved.pop(0).stall if asynchronous else None
         yield Cost(
             asynchronous,
             median(s.stall for s in saved),
+            first,
             median(s.seconds for s in saved),
             alone,
             median(beside) if beside else None,

@@ -22,6 +22,8 @@ def test_both_kinds_on_two_ranks(tmp_path):
     rows = dict(re.findall(r"^\| (in its place|beside training) \| ([\d.]+) ", done.stdout, re.M))
     assert rows.keys() == {"in its place", "beside training"} and all(float(seconds) > 0 for seconds in rows.values())
     assert "GB on 2 x CPU" in done.stdout and "of the time that it waits in its place" in done.stdout
+    (first,) = re.findall(r"the first one beside training waits ([\d.]+) s", done.stdout)
+    assert float(first) > 0
     assert not list(tmp_path.iterdir())
 
 
