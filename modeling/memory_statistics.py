@@ -23,11 +23,11 @@ FAST = 0.1
 def note_gates(gates: tuple[Gates, ...]) -> None:
     for layer in gates[:1] if all(g is gates[0] for g in gates) else gates:
         alpha = -torch.expm1(layer.log_keep)
-        note("memory_alpha", alpha.mean())
-        note("memory_fast", (alpha > FAST).float().mean())
-        note("memory_theta", layer.lr.mean())
+        note("memory_alpha", _mean(alpha))
+        note("memory_fast", _mean(alpha > FAST))
+        note("memory_theta", _mean(layer.lr))
         if layer.log_momentum is not None:
-            note("memory_eta", layer.log_momentum.exp().mean())
+            note("memory_eta", _mean(layer.log_momentum.exp()))
 
 
 @torch.no_grad()
@@ -42,12 +42,22 @@ def note_memory(
 ) -> None:
     """Of the last tokens of each row, k (B, t, H, K) and v (B, t, H, V), of which `valid` (B, t) are of the sequence
     that has the states (B, …)."""
-    counted = 1.0 if valid is None else valid[..., None, None].float()
-    squares = (v.float().square() * counted).sum()
+    v = v.float()
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        squares = x.square() if valid is None else x.square() * valid[..., None, None]
+        return squares.sum(dtype=torch.float64)
+
+    squares = total(v)
     for name, state in (("memory_loss", after), ("memory_loss_before", before)):
-        error = read_memory(k, state, rule=rule, norm_weight=norm_weight).float() - v.float()
-        note(name, (error.square() * counted).sum(), squares)
+        error = read_memory(k, state, rule=rule, norm_weight=norm_weight).float() - v
+        note(name, total(error), squares)
     for start, end in zip(before.weights, after.weights):
         norm = start.norm(dim=(-2, -1)).clamp_min(1e-12)
-        note("memory_norm", (end.norm(dim=(-2, -1)) / norm).mean())
-        note("memory_update", ((end - start).norm(dim=(-2, -1)) / norm).mean())
+        note("memory_norm", _mean(end.norm(dim=(-2, -1)) / norm))
+        note("memory_update", _mean((end - start).norm(dim=(-2, -1)) / norm))
+
+
+def _mean(x: torch.Tensor) -> torch.Tensor:
+    """In the type that is noted: no pass for that alone."""
+    return x.mean(dtype=torch.float64)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from riverrun.kernels.common.memory_rule import curvature
+from riverrun.kernels.gated_rms_norm import gated_rms_norm
 from riverrun.kernels.neural_memory import Gates, MemoryState, fresh_state, neural_memory, write_memory
 from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, short_convs
 from riverrun.modeling.layout import Layout
@@ -273,7 +274,8 @@ class NeuralMemory(nn.Module):
             ups = getattr(self, f"{name}_up")
             logits = [at_least_fp32(up(x)).unflatten(-1, (len(b), -1)) + b[:, None] for up, b in zip(ups, bias)]
             return [*(x.squeeze(-1) for x in logits[:-1]), logits[-1]]
-        return list((at_least_fp32(x).unflatten(-1, bias.shape) + bias).unbind(-2))
+        logits = at_least_fp32(x).unflatten(-1, bias.shape) + bias
+        return list(logits.unbind(-2)) if len(bias) > 1 else [logits.squeeze(-2)]  # whose gradient is no copy
 
     def _memory_gates(self, logits: Mapping[str, list[torch.Tensor]]) -> tuple[Gates, ...]:
         gates = []
@@ -305,13 +307,14 @@ class NeuralMemory(nn.Module):
         keys = float(o.chunk_size)
         if o.step_cap == "random" and o.chunk_size > 1:
             keys = (1 + math.sqrt(o.chunk_size / o.feature_dim)) ** 2
-        return 2 * (1 - eta) / (keys * o.omega_window * curvature(o.layer_sizes, o.norm and not o.is_linear, o.gated))
+        steepest = keys * o.omega_window * curvature(o.layer_sizes, o.norm and not o.is_linear, o.gated)
+        return (1 - eta) * (2 / steepest)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, H, head_dim) → unit length, or that of powers (B, T, H, degree · head_dim)."""
-        if self.feature_scale is None:  # in one pass over memory on a GPU
+        if self.feature_scale is None:  # in one pass over memory on a GPU; torch's own takes several times that
             size = x.shape[-1]
-            return F.rms_norm(x, (size,), x.new_full((size,), size**-0.5), eps=EPS / size)
+            return gated_rms_norm(x, None, x.new_full((size,), size**-0.5), eps=EPS / size)
         x = _unit(at_least_fp32(x))
         return _unit(torch.cat([scale * x ** (i + 1) for i, scale in enumerate(self.feature_scale)], dim=-1))
 

@@ -85,6 +85,8 @@ def neural_memory(
     with torch.autocast(q.device.type, enabled=False):
         if initial_state is None:
             sequences = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
+            if chosen == "triton" and kind == "long":
+                sequences = 1  # which all start from: their states are large
             momentum = layers[0].log_momentum is not None
             weights = tuple(w.to(torch.promote_types(q.dtype, torch.float32)) for w in weights)
             initial_state = fresh_state(weights, sequences, rule, momentum, v.shape[-1])

@@ -137,9 +137,12 @@ def write_chunk(
     def split(x: torch.Tensor) -> torch.Tensor:
         return x.to(dtype).transpose(1, 2)
 
-    shared = all(layer is gates[0] for layer in gates)
-    in_chunks = [_split_gates(split, layer, rule) for layer in (gates[:1] if shared else gates)]
-    of_chunks = [chunk_gates(g, valid) for g in in_chunks] * (len(gates) if shared else 1)
+    if all(x is None or x.ndim == 3 for layer in gates for x in layer):
+        from riverrun.kernels.neural_memory.long_chunks import end_of_chunk  # which imports this file
+
+        of_chunks = end_of_chunk(gates, dtype)
+    else:
+        of_chunks = [chunk_gates(_split_gates(split, layer, rule), valid) for layer in gates]
     delta = None if delta is None else delta.transpose(1, 2).to(inner)
     running = _Running(state.weights, state.momentum, state.weights, None)
     terms = _Terms(k, k, v, tuple(of_chunks), delta, None, torch.ones_like(valid[:, 0]))

@@ -15,7 +15,7 @@ from riverrun.kernels.common.self_check import check_once, deviation, draws, in_
 from riverrun.kernels.common.whole import ceil_div
 from riverrun.kernels.neural_memory.chunked import neural_memory_chunked
 from riverrun.kernels.neural_memory.gated import fused
-from riverrun.kernels.neural_memory.gates import chunk_ends
+from riverrun.kernels.neural_memory.gates import ChunkGates, chunk_ends
 from riverrun.kernels.neural_memory.long_chunks_walk import Sizes, walk, walk_back
 from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Rule, Weights
 
@@ -35,12 +35,12 @@ def neural_memory_long(
     resumable: bool = True,
 ) -> tuple[torch.Tensor, MemoryState]:
     """`riverrun.kernels.neural_memory.neural_memory` of gated memories that `triton_path.py` calls long ones, whose
-    sequences begin a chunk."""
+    sequences begin a chunk; `state` is theirs, or that of one (S = 1) which all start from."""
     T = q.shape[1]
     whole = T - T % rule.chunk_size
     if not resumable or whole in (0, T):
         o, after = _run(q, k, v, state, gates, rule)
-        return o, after._replace(anchor=after.weights if whole else state.weights)
+        return o, after._replace(anchor=after.weights if whole else _of_all(state.weights, len(q)))
 
     def run(tokens: slice, state: MemoryState) -> tuple[torch.Tensor, MemoryState]:
         of_tokens = tuple(layer.each(lambda x: x[:, tokens]) for layer in gates)
@@ -62,6 +62,10 @@ def _run(
     save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     o, first, second, *_ = _forward(*tensors, rule.chunk_size, rule.activation == "silu", rule.bias == "l2", save)
     return o, MemoryState(*unpack(first, second, len(q)))
+
+
+def _of_all(weights: Weights, sequences: int) -> Weights:
+    return tuple(w.expand(sequences, -1, -1, -1) for w in weights)
 
 
 def gates_of_chunks(gates: Gates, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,8 +107,20 @@ def gates_in_torch(
     return of_tokens.flatten(3, 4)[..., :T, :].contiguous(), of_chunks.contiguous()
 
 
+def end_of_chunk(gates: tuple[Gates, ...], dtype: torch.dtype) -> list[ChunkGates]:
+    """Of every layer, for all tokens as one chunk: what its last row says."""
+    writes, ends = gates_of_chunks(of_layers(gates, dtype), gates[0].lr.shape[1])
+    of_layer = []
+    for of_tokens, of_end in zip(writes.movedim(-1, -2).unbind(), ends.movedim(-1, -2).unbind()):
+        weight, momentum_weight = of_tokens[0][..., None, :], of_tokens[-1]  # (B, H, 1, T) and (B, H, T)
+        decay, *rest = of_end.unbind()  # (B, H, 1)
+        with_momentum = (rest[0], rest[1].squeeze(-1), momentum_weight) if rest else (None, None, None)
+        of_layer.append(ChunkGates(decay, weight, *with_momentum))
+    return of_layer * (len(gates) // len(of_layer))
+
+
 def pack(weights: Weights, momentum: Weights | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, H, K, F) twice and (B, H, F, V), and those of the momentum → (N, K, P, 2, F) and (N, F, P, 1, V)."""
+    """(S, H, K, F) twice and (S, H, F, V), and those of the momentum → (S · H, K, P, 2, F), (S · H, F, P, 1, V)."""
     parts = [weights] if momentum is None else [weights, momentum]
     first = torch.stack([x for layers in parts for x in layers[:2]], 3)
     second = torch.stack([layers[2] for layers in parts], 3)
@@ -124,14 +140,14 @@ def check(q: torch.Tensor, first: torch.Tensor, V: int, shared: bool, silu: bool
     rule = Rule(chunk_size=48, read="chunk", bias=bias, activation=activation, gated=True)  # type: ignore[arg-type]
 
     def compare() -> float:
-        draw, T = draws(device), 128
-        inputs = [*(normalize(draw(1, T, H, K), dim=-1).to(dtype) for _ in range(2)), draw(1, T, H, V).to(dtype)]
+        draw, B, T = draws(device), 2, 128
+        inputs = [*(normalize(draw(B, T, H, K), dim=-1).to(dtype) for _ in range(2)), draw(B, T, H, V).to(dtype)]
         for _ in range(1 if shared else 3):
-            log_keep, lr, log_momentum = -draw(1, T, H).exp() / 64, draw(1, T, H).sigmoid(), -draw(1, T, H).exp()
+            log_keep, lr, log_momentum = -draw(B, T, H).exp() / 64, draw(B, T, H).sigmoid(), -draw(B, T, H).exp()
             inputs += [log_keep, lr, log_momentum][: 1 + P]
         for scale in (1.0, 0.1)[:P]:
             inputs += [scale * draw(1, H, n, m) * n**-0.5 for n, m in ((K, F), (K, F), (F, V))]
-        upstream = draw(1, T, H, V).to(dtype)
+        upstream = draw(B, T, H, V).to(dtype)
 
         def sort(tensors: Sequence[torch.Tensor]) -> tuple[MemoryState, tuple[Gates, ...]]:
             count = 1 + P
@@ -142,6 +158,7 @@ def check(q: torch.Tensor, first: torch.Tensor, V: int, shared: bool, silu: bool
 
         def chunked(*tensors: torch.Tensor) -> list[torch.Tensor]:
             state, gates = sort(tensors)
+            state = state.each(lambda x: x.expand(B, -1, -1, -1))
             q, k, v = tensors[:3]
             o, after = neural_memory_chunked(q, k, v, state, gates, rule, None, None, None, None, None)
             return [o, *after.weights, *(after.momentum or ())]
@@ -155,7 +172,7 @@ def check(q: torch.Tensor, first: torch.Tensor, V: int, shared: bool, silu: bool
         options = rule.chunk_size, silu, l2
         o, final, room = walk(q, k, v, writes, ends, state, *options, save=True)
         if not back:
-            return deviation([o, *chain(*unpack(final[0], final[1], 1))], in_double(chunked, inputs, None))
+            return deviation([o, *chain(*unpack(final[0], final[1], B))], in_double(chunked, inputs, None))
         grads = walk_back(upstream, None, writes, ends, state, room, *options)
         got = torch.autograd.grad(prepared, leaves, grads)
         return deviation(got, in_double(chunked, inputs, upstream)[1 + 3 * P :])
@@ -189,7 +206,8 @@ def _forward(
 @_forward.register_fake
 def _(q, k, v, writes, ends, first, second, chunk_size, silu, l2, save):
     room = Sizes.of(v, first, chunk_size).room(q, (first, second), save)
-    final = torch.empty_like(first), torch.empty_like(second)
+    N = q.shape[0] * q.shape[2]
+    final = [x.new_empty(N, *x.shape[1:]) for x in (first, second)]
     return torch.empty_like(v), *final, *(room if save else [q.new_empty(0) for _ in room])
 
 
@@ -211,7 +229,8 @@ def _backward(
         check(grad_o, first, grad_o.shape[-1], len(writes) == 1, silu, l2, back=True)
     state, final = (first, second), None
     if grad_first is not None or grad_second is not None:
-        final = [torch.zeros_like(x) if grad is None else grad for grad, x in zip((grad_first, grad_second), state)]
+        N, grads = grad_o.shape[0] * grad_o.shape[2], (grad_first, grad_second)
+        final = [x.new_zeros(N, *x.shape[1:]) if grad is None else grad for grad, x in zip(grads, state)]
     return walk_back(grad_o, final, writes, ends, state, room, chunk_size, silu, l2)
 
 

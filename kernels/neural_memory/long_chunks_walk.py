@@ -25,7 +25,6 @@ from riverrun.kernels.neural_memory.gated import fused
 from riverrun.kernels.neural_memory.long_chunks_torch import IN_TORCH, Passes
 
 Tensors = Sequence[torch.Tensor]
-LAYERS = slice(0, 2), slice(2, 3)  # of both parts of a state, among the three
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Sizes:
 
     @classmethod
     def of(cls, o: torch.Tensor, first: torch.Tensor, b: int) -> "Sizes":
-        """Of o (B, T, H, V) and the first layers' state (N, K, P, 2, F)."""
+        """Of o (B, T, H, V) and the first layers' state (…, K, P, 2, F)."""
         (B, T, H, V), (K, P, _, F) = o.shape, first.shape[1:]
         return cls(B, T, H, K, F, V, P, b)
 
@@ -62,16 +61,12 @@ class Sizes:
         widths = 2 * self.K, 4 * self.F, self.V, self.F
         of_tokens = [q.new_empty(tokens, self.N * width) for width in widths]
         weights = [q.new_empty(chunks, self.N, n, m) for n, m in ((self.K, 2 * self.F), (self.F, self.V))]
-        return [*of_tokens, *weights, *(x.new_empty(chunks - 1, *x.shape) for x in state)]
+        return [*of_tokens, *weights, *(x.new_empty(chunks - 1, self.N, *x.shape[1:]) for x in state)]
 
     def of_chunk(self, room: Tensors, start: int, size: int) -> Iterator[torch.Tensor]:
         """[k; q] (N, 2 size, K), [a | c] (N, 2 size, 2 F), e (N, size, V) and ∂h (N, size, F)."""
         for x, columns in zip(room, (self.K, 2 * self.F, self.V, self.F)):
             yield x[start : start + size].view(self.N, -1, columns)
-
-    def heads(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, size, D) → (B, size, H, D)."""
-        return x.unflatten(0, (self.B, self.H)).transpose(1, 2)
 
 
 def passes_for(x: torch.Tensor) -> Passes:
@@ -99,38 +94,33 @@ def walk(
     Args:
         writes: (L, P, B, T, H), G and N of the three layers, or what they share.
         ends: (L, 1 or 3, B, chunks, H), β, f and m.
-        state: (N, K, P, 2, F) and (N, F, P, 1, V).
+        state: (N, K, P, 2, F) and (N, F, P, 1, V), or (H, …) that all sequences share.
     """
     s, passes = Sizes.of(v, state[0], chunk_size), passes_for(q)
-    o, final, room = torch.empty_like(v), [torch.empty_like(x) for x in state], s.room(q, state, save)
-    writes, ends = (x.expand(3, -1, -1, -1, -1) for x in (writes, ends))
+    o, room = torch.empty_like(v), s.room(q, state, save)
+    final = [x.new_empty(s.N, *x.shape[1:]) for x in state]
+    of_writes, of_ends = _by_part(writes), _by_part(ends)
     for x, kept in zip(state, room[4:6]):
-        kept[0].copy_(x[:, :, 0].flatten(2))
+        kept[0].unflatten(0, (-1, len(x))).copy_(x[:, :, 0].flatten(2))
     chunks = s.chunks()
     for c, (start, size) in enumerate(chunks):
-        tokens, here, then = slice(start, start + size), c * save, (c + 1) * save
+        here, then, last = c * save, (c + 1) * save, c + 1 == len(chunks)
         kq, ac, e, dh = s.of_chunk(room, start * save, size)
         w1, w2 = (kept[here] for kept in room[4:6])
-        h = q.new_empty(s.N, 2 * size, s.F)
-        passes.move(k[:, tokens], s.heads(kq[:, :size]))
-        passes.move(q[:, tokens], s.heads(kq[:, size:]))
-        passes.move(v[:, tokens], s.heads(e), 1 if l2 else -1)
+        keys, h = kq[:, :size], q.new_empty(s.N, 2 * size, s.F)
+        of_first, of_second = (q.new_empty(s.N, size, width) for width in (s.P * 2 * s.F, s.P * s.V))
+        passes.gather((k, q), start, kq)
         torch.bmm(kq, w1, out=ac)
         passes.hidden(ac, h, silu)
-        passes.move(s.heads(torch.bmm(h[:, size:], w2)), o[:, tokens])
-
-        if l2:
-            e.baddbmm_(h[:, :size], w2, beta=-1)
+        said = torch.bmm(h if l2 else h[:, size:], w2)
+        passes.errors(said, v, of_writes[1], start, e, o, of_second)
         torch.bmm(e, w2.mT, out=dh)
-        of_first, of_second = (q.new_empty(s.N, size, width) for width in (s.P * 2 * s.F, s.P * s.V))
-        passes.gradients(dh, ac[:, :size], writes[LAYERS[0], :, :, tokens], of_first, silu)
-        passes.errors(e, writes[LAYERS[1], :, :, tokens], of_second)
-        written = torch.bmm(kq[:, :size].mT, of_first), torch.bmm(h[:, :size].mT, of_second)
-        last = c + 1 == len(chunks)
+        passes.gradients(dh, ac, of_writes[0], start, of_first, silu)
+        written = torch.bmm(keys.mT, of_first), torch.bmm(h[:, :size].mT, of_second)
         after = [kept[c] for kept in room[6:]] if save and not last else final
-        for part, layers in enumerate(LAYERS):
+        for part in range(2):
             narrow = None if last else room[4 + part][then]
-            passes.step(state[part], written[part], ends[layers, :, :, c], after[part], narrow)
+            passes.step(state[part], written[part], of_ends[part], c, after[part], narrow)
         state = after
     return o, final, room
 
@@ -148,55 +138,66 @@ def walk_back(
 ) -> list[torch.Tensor]:
     """→ the gradients of q, k, v, `writes`, `ends` and the initial `state`; grad_final None: zeros.
 
-    What the last chunk writes then has none, nor have its keys and values: three quarters of the work on it.
+    What the last chunk writes then has none, nor have its keys and values: three quarters of the work on it. And the
+    chunk before passes a momentum on that is only written to: a quarter.
     """
     s, passes, make = Sizes.of(grad_o, state[0], chunk_size), passes_for(grad_o), grad_o.new_empty
     by_q, by_k, by_v = make(s.B, s.T, s.H, s.K), make(s.B, s.T, s.H, s.K), torch.empty_like(grad_o)
-    shared = len(writes) == 1
-    writes, ends = (x.expand(3, -1, -1, -1, -1) for x in (writes, ends))
-    by_writes, by_ends = (x.new_zeros(x.shape) for x in (writes, ends))
-    adjoint, narrow = ([torch.empty_like(x, dtype=dtype) for x in state] for dtype in (None, grad_o.dtype))
+    of_writes, of_ends = _by_part(writes), _by_part(ends)
+    by_writes = writes.new_zeros(3, *writes.shape[1:])
+    sums = ends.new_zeros(3, *ends.shape[1:], max(map(passes.blocks, state)))
+    by_of_writes, by_of_ends = _by_part(by_writes), _by_part(sums)
+    adjoint, narrow = ([x.new_empty(s.N, *x.shape[1:], dtype=dtype) for x in state] for dtype in (None, grad_o.dtype))
+    by_state = [x if len(x) == len(y) else torch.empty_like(y) for x, y in zip(adjoint, state)]
     for x, *copies in zip(grad_final or (), adjoint, narrow):
         for copy in copies:
             copy.copy_(x)
-    for c, (start, size) in reversed(list(enumerate(s.chunks()))):
-        tokens, written = slice(start, start + size), grad_final is not None or start + size < s.T
+    chunks = s.chunks()
+    for c, (start, size) in reversed(list(enumerate(chunks))):
+        live = s.P if grad_final is not None else min(s.P, len(chunks) - 1 - c)  # [Ā | S̄], Ā alone, or nothing
+        rows = 2 * size if live else size  # of keys and queries, or of queries alone
+        outer = slice(0 if live and l2 else rows - size, None)  # those whose outputs a gradient is of
         kq, ac, e, dh = s.of_chunk(room, start, size)
         w1, w2 = (kept[c] for kept in room[4:6])
-        by_e, h, by_h = make(s.N, 2 * size, s.V), make(s.N, 2 * size, s.F), make(s.N, 2 * size, s.F)
-        by_ac, by_kq = torch.empty_like(ac), torch.empty_like(kq)
-        passes.move(grad_o[:, tokens], s.heads(by_e[:, size:]))
-        # the rows of keys and queries, or of queries alone, that take part; and those whose outputs a gradient is of
-        rows = slice(0 if written else size, None)
-        outer = slice(0 if written and l2 else size, None)
-        if written:
-            by_dh, of_first, of_second = (make(s.N, size, width) for width in (s.F, s.P * 2 * s.F, s.P * s.V))
-            d1, d2 = (x.flatten(2) for x in narrow)
-            of_gates = [[x[layers, :, :, tokens] for x in (writes, by_writes)] for layers in LAYERS]
-            passes.hidden(ac[:, :size], h[:, :size], silu)
-            passes.errors_back(e, torch.bmm(h[:, :size], d2), *of_gates[1], of_second, by_e[:, :size])
-            passes.gradients_back(
-                dh, ac[:, :size], torch.bmm(kq[:, :size], d1), *of_gates[0], of_first, by_dh, by_ac[:, :size], silu
-            )
+        by_e, h, by_h = (make(s.N, rows, width) for width in (s.V, s.F, s.F))
+        by_ac = make(s.N, rows, 2 * s.F)
+        passes.gather((grad_o,), start, by_e[:, rows - size :])
+        if live:
+            by_dh, of_first, of_second = (make(s.N, size, width) for width in (s.F, live * 2 * s.F, live * s.V))
+            d1, d2 = (x[:, :, :live].flatten(2) for x in narrow)
+            through = torch.bmm(kq[:, :size], d1)
+            made = of_first, by_dh, by_ac, h
+            passes.gradients_back(dh, ac, through, of_writes[0], start, by_of_writes[0], *made, silu)
+            through = torch.bmm(h[:, :size], d2)
+            passes.errors_back(e, through, of_writes[1], start, by_of_writes[1], of_second, by_e)
             by_e[:, :size].baddbmm_(by_dh, w2)
+        else:
+            kq = kq[:, size:]
         torch.bmm(by_e[:, outer], w2.mT, out=by_h[:, outer])
-        if written:
+        if live:
             by_h[:, :size].baddbmm_(of_second, d2.mT, beta=int(l2), alpha=-1)
-        passes.hidden_back(by_h[:, rows], ac[:, rows], by_ac[:, rows], h[:, rows], size if written else 0, silu)
+        passes.hidden_back(by_h, ac, by_ac, h, rows - size, silu)
         by_w2 = torch.bmm(h[:, outer].mT, by_e[:, outer])
-        by_w1 = torch.bmm(kq[:, rows].mT, by_ac[:, rows])
-        torch.bmm(by_ac[:, rows], w1.mT, out=by_kq[:, rows])
-        passes.move(s.heads(by_kq[:, size:]), by_q[:, tokens])
-        if written:
+        by_w1, by_kq = torch.bmm(kq.mT, by_ac), torch.bmm(by_ac, w1.mT)
+        if live:
             by_w2.baddbmm_(by_dh.mT, e)
             by_kq[:, :size].baddbmm_(of_first, d1.mT, alpha=-1)
-            passes.move(s.heads(by_kq[:, :size]), by_k[:, tokens])
-            passes.move(s.heads(by_e[:, :size]), by_v[:, tokens], -1)
+            passes.spread(by_kq, start, (by_k, by_q))
+            passes.spread(by_e[:, :size], start, (by_v,), -1)
         else:
-            by_k[:, tokens], by_v[:, tokens] = 0, 0
-        before = state if c == 0 else [kept[c - 1] for kept in room[6:]]
-        for part, layers in enumerate(LAYERS):
-            given = before[part], ends[layers, :, :, c], (by_w1, by_w2)[part], adjoint[part]
-            passes.step_back(*given, narrow[part] if c else None, by_ends[layers, :, :, c] if written else None)
-    by_gates = [x.sum(0, keepdim=True) if shared else x for x in (by_writes, by_ends)]
-    return [by_q, by_k, by_v, *by_gates, *adjoint]
+            passes.spread(by_kq, start, (by_q,))
+            for x in (by_k, by_v):
+                x[:, start:].zero_()
+        before = [kept[c - 1] for kept in room[6:]] if c else state
+        for part, by_weights in enumerate((by_w1, by_w2)):
+            given = before[part], of_ends[part], c, by_weights, adjoint[part], (adjoint if c else by_state)[part]
+            passes.step_back(*given, narrow[part] if c else None, by_of_ends[part], live)
+    if len(writes) == 1:
+        by_writes = by_writes.sum(0, keepdim=True)
+    by_ends = sums.sum((0, -1) if len(ends) == 1 else -1, keepdim=True).squeeze(-1)
+    return [by_q, by_k, by_v, by_writes, by_ends, *by_state]
+
+
+def _by_part(of_layers: torch.Tensor) -> list[torch.Tensor]:
+    """(3 or 1, …) → of the first layers, (2, …), and of the second, (1, …)."""
+    return [of_layers[:2].expand(2, *of_layers.shape[1:]), of_layers[-1:]]

@@ -74,6 +74,8 @@ def weights_of(rule: Rule, accumulators: Weights) -> Weights:
     """What a memory computes with, by its retention."""
     if rule.retention == "softmax":
         return tuple(a.softmax(-2) for a in accumulators)
+    if rule.retention == "none":
+        return accumulators
     return tuple(a * s for a, s in zip(accumulators, scales(rule, accumulators), strict=True))
 
 

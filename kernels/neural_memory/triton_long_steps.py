@@ -1,4 +1,5 @@
-"""What a chunk makes of a state, and the way back: passes of `long_chunks_torch.py`, a row an input of a layer."""
+"""What a chunk makes of a state, and the way back: passes of `long_chunks_torch.py`. A program has some inputs and
+outputs of a layer."""
 
 from typing import Any
 
@@ -12,16 +13,28 @@ BLOCK, MOST, WARPS = 1024, 512, 4  # numbers of a program's block, and its colum
 
 
 @triton.jit
+def _block(I, layer, P: tl.constexpr, L: tl.constexpr, O: tl.constexpr, R: tl.constexpr, BO: tl.constexpr):
+    """Places in (I, P, L, O), in (I, L, O), and which exist."""
+    across: tl.constexpr = (O + BO - 1) // BO
+    block = tl.program_id(1)
+    i, o = block // across * R + tl.arange(0, R), block % across * BO + tl.arange(0, BO)
+    mask = (i < I)[:, None] & (o < O)[None, :]
+    return (i * (P * L) + layer)[:, None] * O + o[None, :], (i * L + layer)[:, None] * O + o[None, :], mask
+
+
+@triton.jit
 def step_kernel(
-    state,  # (N, I, P, L, O)
-    written,  # likewise
-    ends,  # (L, 1 or 3, B, H): β, f and m
+    state,  # (M, I, P, L, O), M: N, or H that all sequences share
+    written,  # (N, I, P, L, O)
+    ends,  # (L, 1 or 3, B, chunks, H): β, f and m
     after,  # (N, I, P, L, O)
     narrow,  # (N, I, L, O), if NARROW
+    M,
     I,
+    B,
+    chunks,
+    chunk,
     end_l,
-    end_i,
-    end_b,
     H: tl.constexpr,
     P: tl.constexpr,
     L: tl.constexpr,
@@ -30,125 +43,135 @@ def step_kernel(
     R: tl.constexpr,
     BO: tl.constexpr,
 ):
-    n, layer = tl.program_id(0), tl.program_id(2)
-    i = tl.program_id(1) * R + tl.arange(0, R)
-    row = n.to(tl.int64) * I + i
-    end = ends + layer * end_l + n // H * end_b + n % H
-    beta = tl.load(end).to(tl.float32)
+    n, layer = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    at, weight, mask = _block(I, layer, P, L, O, R, BO)
+    of_state, size = at + n % M * (I * P * L * O), n * (I * P * L * O)
+    end = ends + layer * end_l + (n // H * chunks + chunk) * H + n % H
+    A = tl.load(state + of_state, mask=mask, other=0.0)
+    new = tl.load(end) * A - tl.load(written + size + at, mask=mask, other=0.0).to(tl.float32)
     if P == 2:
-        f, m = tl.load(end + end_i).to(tl.float32), tl.load(end + 2 * end_i).to(tl.float32)
-    for start in range(0, O, BO):
-        o = start + tl.arange(0, BO)
-        mask = (i < I)[:, None] & (o < O)[None, :]
-        at = (row * (P * L) + layer)[:, None] * O + o[None, :]
-        new = beta * tl.load(state + at, mask=mask, other=0.0)
-        new -= tl.load(written + at, mask=mask, other=0.0).to(tl.float32)
-        if P == 2:
-            S = tl.load(state + at + L * O, mask=mask, other=0.0)
-            new += f * S
-            S = m * S - tl.load(written + at + L * O, mask=mask, other=0.0).to(tl.float32)
-            tl.store(after + at + L * O, S, mask=mask)
-        tl.store(after + at, new, mask=mask)
-        if NARROW:
-            at = (row * L + layer)[:, None] * O + o[None, :]
-            tl.store(narrow + at, new.to(narrow.dtype.element_ty), mask=mask)
+        end_i = B * chunks * H
+        S = tl.load(state + of_state + L * O, mask=mask, other=0.0)
+        new += tl.load(end + end_i) * S
+        S = tl.load(end + 2 * end_i) * S
+        S -= tl.load(written + size + at + L * O, mask=mask, other=0.0).to(tl.float32)
+        tl.store(after + size + at + L * O, S, mask=mask)
+    tl.store(after + size + at, new, mask=mask)
+    if NARROW:
+        tl.store(narrow + n * (I * L * O) + weight, new.to(narrow.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def step_back_kernel(
-    state,  # (N, I, P, L, O)
-    ends,  # (L, 1 or 3, B, H): β, f and m
+    state,  # (M, I, P, L, O), M: N, or H that all sequences share
+    ends,  # (L, 1 or 3, B, chunks, H): β, f and m
     by_weights,  # (N, I, L, O)
     adjoint,  # (N, I, P, L, O)
-    narrow,  # likewise, if NARROW
-    sums,  # (L, 1 or 3, N, blocks), if LIVE
-    I,
-    end_l,
-    end_i,
-    end_b,
+    before,  # (M, I, P, L, O)
+    narrow,  # (N, I, P, L, O), if NARROW
+    sums,  # (L, 1 or 3, B, chunks, H, blocks)
     N,
+    M,
+    I,
+    B,
+    chunks,
+    chunk,
+    end_l,
+    blocks,
     H: tl.constexpr,
     P: tl.constexpr,
     L: tl.constexpr,
     O: tl.constexpr,
-    LIVE: tl.constexpr,
+    LIVE: tl.constexpr,  # 0, 1 or P of the gradients of A' and S' are not 0
     NARROW: tl.constexpr,
     R: tl.constexpr,
     BO: tl.constexpr,
 ):
-    n, block, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i = block * R + tl.arange(0, R)
-    row = n.to(tl.int64) * I + i
-    end = ends + layer * end_l + n // H * end_b + n % H
-    beta = tl.load(end).to(tl.float32)
-    of_beta = tl.zeros([R], tl.float32)
-    if P == 2:
-        f, m = tl.load(end + end_i).to(tl.float32), tl.load(end + 2 * end_i).to(tl.float32)
-        of_f = tl.zeros([R], tl.float32)
-        of_m = tl.zeros([R], tl.float32)
-    for start in range(0, O, BO):
-        o = start + tl.arange(0, BO)
-        mask = (i < I)[:, None] & (o < O)[None, :]
-        at = (row * (P * L) + layer)[:, None] * O + o[None, :]
-        of_A = tl.load(by_weights + (row * L + layer)[:, None] * O + o[None, :], mask=mask, other=0.0).to(tl.float32)
-        of_S = tl.zeros([R, BO], tl.float32)
-        if LIVE:
-            by_A = tl.load(adjoint + at, mask=mask, other=0.0)
-            of_A += beta * by_A
-            of_beta += tl.sum(by_A * tl.load(state + at, mask=mask, other=0.0), axis=1)
-            if P == 2:
-                by_S = tl.load(adjoint + at + L * O, mask=mask, other=0.0)
-                of_S = f * by_A + m * by_S
-                S = tl.load(state + at + L * O, mask=mask, other=0.0)
-                of_f += tl.sum(by_A * S, axis=1)
-                of_m += tl.sum(by_S * S, axis=1)
-        tl.store(adjoint + at, of_A, mask=mask)
+    m, layer = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    at, weight, mask = _block(I, layer, P, L, O, R, BO)
+    own = m * (I * P * L * O)
+    end_i = B * chunks * H
+    of_A = tl.zeros([R, BO], tl.float32)
+    of_S = tl.zeros([R, BO], tl.float32)
+    if LIVE > 0:
+        A = tl.load(state + own + at, mask=mask, other=0.0)
         if P == 2:
-            tl.store(adjoint + at + L * O, of_S, mask=mask)
+            S = tl.load(state + own + at + L * O, mask=mask, other=0.0)
+    for sequence in range(N // M):
+        n = m + sequence * M
+        size = n * (I * P * L * O)
+        to_A = tl.load(by_weights + n * (I * L * O) + weight, mask=mask, other=0.0).to(tl.float32)
+        to_S = tl.zeros([R, BO], tl.float32)
+        if LIVE > 0:
+            place = (n // H * chunks + chunk) * H + n % H
+            end = ends + layer * end_l + place
+            part = sums + (layer * (2 * P - 1) * end_i + place) * blocks + tl.program_id(1)
+            by_A = tl.load(adjoint + size + at, mask=mask, other=0.0)
+            to_A += tl.load(end) * by_A
+            tl.store(part, tl.sum(by_A * A))
+            if P == 2:
+                to_S = tl.load(end + end_i) * by_A
+                tl.store(part + end_i * blocks, tl.sum(by_A * S))
+            if LIVE == 2:
+                by_S = tl.load(adjoint + size + at + L * O, mask=mask, other=0.0)
+                to_S += tl.load(end + 2 * end_i) * by_S
+                tl.store(part + 2 * end_i * blocks, tl.sum(by_S * S))
         if NARROW:
-            tl.store(narrow + at, of_A.to(narrow.dtype.element_ty), mask=mask)
-            if P == 2:
-                tl.store(narrow + at + L * O, of_S.to(narrow.dtype.element_ty), mask=mask)
-    if LIVE:
-        blocks = tl.num_programs(1)
-        E: tl.constexpr = 2 * P - 1
-        at = sums + (layer * E * N + n) * blocks + block
-        tl.store(at, tl.sum(of_beta, axis=0))
-        if P == 2:
-            tl.store(at + N * blocks, tl.sum(of_f, axis=0))
-            tl.store(at + 2 * N * blocks, tl.sum(of_m, axis=0))
+            tl.store(narrow + size + at, to_A.to(narrow.dtype.element_ty), mask=mask)
+            if P == 2 and LIVE > 0:
+                tl.store(narrow + size + at + L * O, to_S.to(narrow.dtype.element_ty), mask=mask)
+        of_A += to_A
+        of_S += to_S
+    tl.store(before + own + at, of_A, mask=mask)
+    if P == 2 and (LIVE > 0 or not NARROW):
+        tl.store(before + own + at + L * O, of_S, mask=mask)
+
+
+def blocks(state: torch.Tensor) -> int:
+    _, I, _, _, O = state.shape
+    R, BO = _block_of(O)
+    return ceil_div(I, R) * ceil_div(O, BO)
 
 
 def step(
-    state: torch.Tensor, written: torch.Tensor, ends: torch.Tensor, after: torch.Tensor, narrow: torch.Tensor | None
+    state: torch.Tensor,
+    written: torch.Tensor,
+    ends: torch.Tensor,
+    chunk: int,
+    after: torch.Tensor,
+    narrow: torch.Tensor | None,
 ) -> None:
-    programs, options = _of_state(state, ends)
-    given = state, written, ends, after, after if narrow is None else narrow
-    step_kernel[programs](*given, state.shape[1], *ends.stride()[:3], NARROW=narrow is not None, **options)
+    M, N, options = len(state), len(after), _options(state, ends)
+    step_kernel[N, blocks(state), len(ends)](
+        state, written, ends, after, after if narrow is None else narrow, M, state.shape[1], *ends.shape[2:4], chunk,
+        ends.stride(0), NARROW=narrow is not None, **options,
+    )  # fmt: skip
 
 
 def step_back(
     state: torch.Tensor,
     ends: torch.Tensor,
+    chunk: int,
     by_weights: torch.Tensor,
     adjoint: torch.Tensor,
+    before: torch.Tensor,
     narrow: torch.Tensor | None,
-    by_ends: torch.Tensor | None,
+    sums: torch.Tensor,
+    live: int,
 ) -> None:
-    programs, options = _of_state(state, ends)
-    N, blocks, L = programs
-    sums = adjoint.new_empty(L, ends.shape[1], N, blocks) if by_ends is not None else adjoint
-    given = state, ends, by_weights, adjoint, adjoint if narrow is None else narrow, sums
-    step_back_kernel[programs](
-        *given, state.shape[1], *ends.stride()[:3], N, LIVE=by_ends is not None, NARROW=narrow is not None, **options
-    )
-    if by_ends is not None:
-        by_ends.copy_(sums.sum(-1).view(by_ends.shape))
+    M, N, options = len(state), len(adjoint), _options(state, ends)
+    step_back_kernel[M, blocks(state), len(ends)](
+        state, ends, by_weights, adjoint, before, adjoint if narrow is None else narrow, sums, N, M, state.shape[1],
+        *ends.shape[2:4], chunk, ends.stride(0), sums.shape[-1], LIVE=live, NARROW=narrow is not None, **options,
+    )  # fmt: skip
 
 
-def _of_state(state: torch.Tensor, ends: torch.Tensor) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    N, I, P, L, O = state.shape
-    block = min(power_of_2_from(O), MOST)
-    R = BLOCK // block
-    options = {"H": ends.shape[-1], "P": P, "L": L, "O": O, "R": R, "BO": block, "num_warps": WARPS}
-    return (N, ceil_div(I, R), L), options
+def _block_of(O: int) -> tuple[int, int]:
+    """Rows and columns."""
+    columns = min(power_of_2_from(O), MOST)
+    return BLOCK // columns, columns
+
+
+def _options(state: torch.Tensor, ends: torch.Tensor) -> dict[str, Any]:
+    (_, _, P, L, O), (R, BO) = state.shape, _block_of(state.shape[-1])
+    return {"H": ends.shape[-1], "P": P, "L": L, "O": O, "R": R, "BO": BO, "num_warps": WARPS}

@@ -97,6 +97,27 @@ def test_without_gradients_nothing_is_kept():
     assert_close([o, *leaves(left)], want, 0)
 
 
+def of_one(given):
+    """All sequences start from the first one's state."""
+    tokens, gates, state = given
+    return tokens, gates, state.each(lambda x: x[:1].detach().requires_grad_())
+
+
+def general_of_one(q, k, v, state, gates, rule):
+    return general(q, k, v, state.each(lambda x: x.expand(len(q), -1, -1, -1)), gates, rule)
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+@pytest.mark.parametrize("T", [5, 16, 21])
+@pytest.mark.parametrize("of_state", [True, False])
+def test_one_state_for_all(momentum, T, of_state):
+    """Also where no chunk ends."""
+    given = of_one(make(2, T, momentum))
+    got, want = (run(form, *given, RULE, of_state) for form in (neural_memory_long, general_of_one))
+    assert_close(got[0], want[0], 1e-12)
+    assert_close(got[1], want[1], 1e-10)
+
+
 @pytest.fixture
 def anywhere(monkeypatch):
     for module in (long_chunks, long_chunks_walk):
@@ -114,6 +135,17 @@ def test_passes_in_triton(anywhere, name, momentum, layers, T, sizes):
             for dtype in (torch.float32, torch.float64)
         )
         assert_near(got, want)
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+@pytest.mark.parametrize("of_state", [True, False])
+@pytest.mark.parametrize("T", [5, 21])
+def test_one_state_for_all_in_triton(anywhere, momentum, of_state, T):
+    got, want = (
+        run(neural_memory_long, *of_one(make(3, T, momentum, dtype=dtype)), RULE, of_state)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert_near(got, want)
 
 
 def assert_near(got, want):
