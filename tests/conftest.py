@@ -20,6 +20,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: Triton then runs them in Python
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first: compilations for GPUs, up to a minute each. Were one of them a worker's last, the others
+    would wait for it."""
+    items.sort(key=lambda item: not item.name.startswith(("test_compiles_for", "test_kernels_compile")))
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """The same random numbers in every test, whatever ran before."""

@@ -7,7 +7,8 @@
 # Looking up is learnt from reports of one or two lines, 2,000 steps for each of three models; where reports begin longer,
 # losses stand still for thousands of steps. Then mamba2 and gated_delta go on with plain texts of up to 32 lines, and with
 # mixed ones, where the question can come first (jrt_texts.py); jrt_rnn, prefix linear attention between Mamba-2 and
-# windowed attention, with mixed ones and its own objective. About 6 minutes on one H200.
+# windowed attention, with mixed ones and its own objective. About 6 minutes on one H200; several GPUs
+# share the models.
 # Writes to OUT: a folder for each model with the losses, and in it one for each number of lines with results.json and
 # jrt.png; the tables are in logs/eval-*.log.
 
@@ -64,8 +65,11 @@ model() {
   wait
 }
 
+deal
 model mamba2 "plain mixed" 'model.layer_pattern=["mamba2"]' &
+deal
 model gated_delta "plain mixed" 'model.layer_pattern=["gated_delta"]' &
+deal
 model jrt_rnn mixed 'model.layer_pattern=["mamba2","prefix_linear_attention","attention","mamba2"]' \
   model.num_hidden_layers=4 train.objective=jrt &
 wait

@@ -5,7 +5,7 @@
 #   OUT=results/memory docs/evaluations/memory.sh TOKENIZER
 #
 # TOKENIZER: a sentencepiece model of 8,192 tokens (`riverrun data tokenizer`). The text is the Python of torch,
-# transformers and sympy, about 40M tokens. About 15 minutes on one H200.
+# transformers and sympy, about 40M tokens. About 15 minutes on one H200; several GPUs share the models.
 # Writes to OUT: table.md, a folder for each model and evaluation, and the study's in mqar/.
 
 source "$(dirname "$0")/jobs.sh"
@@ -36,7 +36,10 @@ model() {
     --max-length "$length" --batch-size 8 --states 0 --device "$device" --out "$OUT/$1/length"
 }
 
-for mixer in "${mixers[@]}"; do model "$mixer" & done
+for mixer in "${mixers[@]}"; do
+  deal
+  model "$mixer" &
+done
 wait
 mixer_list=$(IFS=,; echo "${mixers[*]}")
 job mqar 500 "${riverrun[@]}" study mqar --mixer "$mixer_list" --set mqar.vocabulary=1024 --width 128 --train-length 128 \

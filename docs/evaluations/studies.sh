@@ -24,6 +24,7 @@ fi
 study() {
   local name=$1
   shift
+  deal
   job "$name" "$limit" "${riverrun[@]}" study "$@" "${tiny[@]}" --device "$device" --out "$OUT/$name" &
 }
 

@@ -64,12 +64,33 @@ def tasks(tmp_path):
     return folder
 
 
-def harness(tasks, out, model, arguments, *more):
-    """Its results, and its samples by task."""
-    command = [sys.executable, "-m", "riverrun.launch.cli", "eval", "lm-eval", "run", "--model", model, "--model_args"]
-    command += [arguments, "--tasks", ",".join(TASKS), "--include_path", str(tasks), "--output_path", str(out)]
-    done = subprocess.run([*command, "--log_samples", "--device", "cpu", *more], capture_output=True, text=True)
+COMMANDS = """
+import json, sys
+from riverrun.launch.cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["riverrun", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
+
+
+def run_harness(tasks, *runs):
+    """The command for each (out, model, arguments), one after the other in a process of their own, which imports the
+    harness once."""
+    options = ["--tasks", ",".join(TASKS), "--include_path", str(tasks), "--log_samples", "--device", "cpu"]
+    commands = [
+        ["eval", "lm-eval", "run", "--model", model, "--model_args", arguments, "--output_path", str(out), *options]
+        for out, model, arguments in runs
+    ]
+    done = subprocess.run([sys.executable, "-c", COMMANDS, json.dumps(commands)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def read(out):
+    """Its results, and its samples by task."""
     (results,) = out.rglob("results_*.json")
     samples = {name: next(out.rglob(f"samples_{name}_*.jsonl")).read_text().splitlines() for name in TASKS}
     return json.loads(results.read_text()), {n: [json.loads(line) for line in lines] for n, lines in samples.items()}
@@ -80,10 +101,13 @@ def test_the_harness_itself_on_local_tasks(saved, tasks, tmp_path):
     model = hybrid()
     export_model(model.config, model.state_dict(), tmp_path / "export", tokenizer_dir=saved, target="riverrun")
     options = f"trust_remote_code=True,dtype=float32,prefix_token_id={ByteTokenizer.eos_id}"
-    (ours, our_samples), (theirs, their_samples) = (
-        harness(tasks, tmp_path / "ours", "riverrun", f"path={saved}"),
-        harness(tasks, tmp_path / "hf", "hf", f"pretrained={tmp_path / 'export'},{options}"),
+    mine, hf = tmp_path / "ours", tmp_path / "hf"
+    run_harness(
+        tasks,
+        (mine, "riverrun", f"path={saved}"),
+        (hf, "hf", f"pretrained={tmp_path / 'export'},{options}"),
     )
+    (ours, our_samples), (theirs, their_samples) = read(mine), read(hf)
     assert ours["config"]["model"] == "riverrun" and ours["config"]["model_sha"]
     for task in TASKS:
         for name, value in theirs["results"][task].items():

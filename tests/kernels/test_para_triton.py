@@ -160,10 +160,11 @@ def test_compiles_for(card):
     """Hopper: all launches. Ampere: the one of each cell with the most registers; without matrix products, Triton cuts
     kernels alike for both cards, and shared memory is held to the smaller limit."""
     compile_kernels, _ = CARDS[card]
-    launches = ["launch_gru_packed", "launch_lstm"] if card == "sm_80" else []
+    names = "gru_packed", "lstm", "lstm_slope_packed"
+    launches = [f"launch_{name}" for name in names] if card == "sm_80" else []
     kernels = compile_kernels(Path(__file__).with_name("launches_para.py"), *launches)
-    expected = {"forward_kernel", "backward_kernel", "_starts_kernel"}
-    assert {k["kernel"] for k in kernels} == expected | ({"slope_kernel"} if card == "sm_90" else set())
+    expected = {"forward_kernel", "backward_kernel", "_starts_kernel", "slope_kernel"}
+    assert {k["kernel"] for k in kernels} == expected
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_LIMIT_OF_AMPERE, kernel
         assert kernel["stack"] <= 16, f"spills: {kernel}"
