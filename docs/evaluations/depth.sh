@@ -43,11 +43,9 @@ job prepare-questions 30 "${riverrun[@]}" data prepare "$work/questions.jsonl" -
 base+=(data.train="[{path='$work/data/train',weight=9},{path='$work/questions/train',weight=1}]"
   data.tokenizer="$tokenizer")
 
-deal
-train recurrent "$limit" recurrent-depth-50m "${base[@]}" train.recurrence.ramp_steps="$ramp" \
+on 0 train recurrent "$limit" recurrent-depth-50m "${base[@]}" train.recurrence.ramp_steps="$ramp" \
   train.recurrence.eval_steps=[] &
-deal
-train fixed "$limit" "$here/depth.toml" "${base[@]}" &
+on 1 train fixed "$limit" "$here/depth.toml" "${base[@]}" &
 wait
 
 # evaluate NAME TASK SECONDS OPTION…

@@ -16,13 +16,15 @@ export COLUMNS=160 # of tables
 mkdir -p "$OUT/logs"
 : > "$OUT/summary.txt"
 
-# deal  What is started from here on has the next one of the GPUs, of those that may be seen.
+# on N COMMAND…  In the background: on the N-th of the GPUs that may be seen, counted round and round.
 IFS=, read -ra gpus <<< "${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | paste -sd,)}"
-dealt=0
-deal() {
-  if ((${#gpus[@]} > 1)); then
-    export CUDA_VISIBLE_DEVICES=${gpus[dealt++ % ${#gpus[@]}]}
+on() {
+  local number=$1
+  shift
+  if ((${#gpus[@]})); then
+    export CUDA_VISIBLE_DEVICES=${gpus[number % ${#gpus[@]}]}
   fi
+  "$@"
 }
 
 # job NAME SECONDS COMMAND…  Its output is in logs/NAME.log. At the limit, training saves a checkpoint and ends. Small jobs

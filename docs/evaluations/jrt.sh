@@ -65,12 +65,9 @@ model() {
   wait
 }
 
-deal
-model mamba2 "plain mixed" 'model.layer_pattern=["mamba2"]' &
-deal
-model gated_delta "plain mixed" 'model.layer_pattern=["gated_delta"]' &
-deal
-model jrt_rnn mixed 'model.layer_pattern=["mamba2","prefix_linear_attention","attention","mamba2"]' \
+on 0 model mamba2 "plain mixed" 'model.layer_pattern=["mamba2"]' &
+on 1 model gated_delta "plain mixed" 'model.layer_pattern=["gated_delta"]' &
+on 2 model jrt_rnn mixed 'model.layer_pattern=["mamba2","prefix_linear_attention","attention","mamba2"]' \
   model.num_hidden_layers=4 train.objective=jrt &
 wait
 tail -n +1 "$OUT"/logs/eval-*.log

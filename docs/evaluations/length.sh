@@ -64,10 +64,8 @@ study() {
   wait
 }
 
-deal
-[[ $small ]] || study published &
-deal
-study slow model.mamba2.dt_min=1e-5 model.mamba2.dt_max=1e-2 model.mamba2.dt_floor=1e-6 &
+[[ $small ]] || on 0 study published &
+on 1 study slow model.mamba2.dt_min=1e-5 model.mamba2.dt_max=1e-2 model.mamba2.dt_floor=1e-6 &
 wait
 job table 60 python3 "$here/length_table.py" "$OUT"
 cat "$OUT/table.md"

@@ -36,10 +36,7 @@ model() {
     --max-length "$length" --batch-size 8 --states 0 --device "$device" --out "$OUT/$1/length"
 }
 
-for mixer in "${mixers[@]}"; do
-  deal
-  model "$mixer" &
-done
+for n in "${!mixers[@]}"; do on "$n" model "${mixers[n]}" & done
 wait
 mixer_list=$(IFS=,; echo "${mixers[*]}")
 job mqar 500 "${riverrun[@]}" study mqar --mixer "$mixer_list" --set mqar.vocabulary=1024 --width 128 --train-length 128 \

@@ -14,7 +14,7 @@
 # Writes to OUT: a folder a study with study.md, study.png and runs.jsonl (every run's losses and accuracies).
 
 source "$(dirname "$0")/jobs.sh"
-limit=450 tiny=()
+limit=450 tiny=() started=0
 if [[ $small ]]; then
   tiny=(--steps 4 --batch-size 4 --held-out 8 --width 32 --train-length 16 --test-lengths 32 --lr 1e-3
     --seeds 2 --jobs 2)
@@ -24,8 +24,8 @@ fi
 study() {
   local name=$1
   shift
-  deal
-  job "$name" "$limit" "${riverrun[@]}" study "$@" "${tiny[@]}" --device "$device" --out "$OUT/$name" &
+  ((started += 1))
+  on "$started" job "$name" "$limit" "${riverrun[@]}" study "$@" "${tiny[@]}" --device "$device" --out "$OUT/$name" &
 }
 
 s3() {

@@ -15,7 +15,7 @@
 # a model and task with study.md, study.png and runs.jsonl (losses and accuracies).
 
 source "$(dirname "$0")/jobs.sh"
-limit=420 tiny=()
+limit=420 tiny=() started=0
 if [[ $small ]]; then
   tiny=(--steps 4 --batch-size 4 --held-out 8 --width 32 --train-length 8 --test-lengths 16)
 fi
@@ -23,8 +23,8 @@ fi
 # model NAME TASK LAYERS STEPS HALTING  In the background: the processes share the GPUs, each launching small kernels.
 model() {
   local name=$1 task=$2 layers=$3 steps=$4 halting=$5
-  deal
-  job "$task-$name" "$limit" "${riverrun[@]}" study "$task" --mixer attention --layers "$layers" \
+  ((started += 1))
+  on "$started" job "$task-$name" "$limit" "${riverrun[@]}" study "$task" --mixer attention --layers "$layers" \
     --set universal.max_steps="$steps" --set universal.halting="$halting" --set universal.random_offset=800 \
     --width 128 --lr 1e-3 --seeds 1 --steps 4000 --batch-size 128 --patience 0 --test-lengths 50,60,80,160,400 \
     "${tiny[@]}" --device "$device" --out "$OUT/$task-$name" &

@@ -55,7 +55,10 @@ def study(
         ),
     ] = 3,
     jobs: Annotated[
-        int, typer.Option(min=1, help="Runs at a time, each in a process: small models do not fill a GPU.")
+        int,
+        typer.Option(
+            min=1, help="Runs at a time, each in a process: small models do not fill a GPU; several GPUs share them."
+        ),
     ] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto is CUDA where there is any.")] = "auto",
     out_dir: Annotated[
