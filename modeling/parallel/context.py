@@ -224,6 +224,11 @@ class Context:
             self._masks[key] = self._put(key, torch.bool)
         return self._masks[key].view(-1, *(1,) * (like.dim() - 1))
 
+    def only(self, flags: Sequence[bool], x: torch.Tensor) -> torch.Tensor:
+        """x (B, …), zero in the rows whose flag is not set. All of it stays part of the graph: other ranks' backward
+        passes may wait for this one's."""
+        return x if all(flags) else x.masked_fill(self.mask([not flag for flag in flags], x), 0)
+
     def initial(self, incoming: torch.Tensor) -> torch.Tensor:
         """The rows' incoming states (B, …) → the initial states of all pieces (S, …), zeros where a document begins."""
         if self.cu_seqlens is None:
@@ -263,7 +268,7 @@ class Context:
         state = torch.zeros_like(added)
         for r in range(self.axis.rank):
             state = self._through(r, parts[r], transfers[r], state, apply)
-        state = torch.where(self.mask(self.joins[self.axis.rank], state), state, 0)
+        state = self.only(self.joins[self.axis.rank], state).contiguous()
         return depend(state, gathered)  # on the first rank too: the gathering's backward pass is a collective
 
     def leaving(self, adjoints: torch.Tensor, transfer: torch.Tensor | None, apply: Apply = torch.mul) -> torch.Tensor:
@@ -277,8 +282,8 @@ class Context:
         state = torch.zeros_like(adjoints)
         for r in range(self.axis.size - 1, self.axis.rank, -1):
             state = self._through(r, parts[r], transfers[r], state, apply)
-            state = torch.where(self.mask(self.joins[r], state), state, 0)
-        return state
+            state = self.only(self.joins[r], state)
+        return state.contiguous()
 
     def _gather(
         self, added: torch.Tensor, transfer: torch.Tensor | None
@@ -298,5 +303,4 @@ class Context:
         """A state, or an adjoint, on the other side of a shard."""
         if transfer is None or not any(self.passes[rank]):
             return added
-        passed = apply(transfer, state)
-        return added + torch.where(self.mask(self.passes[rank], passed), passed, 0)
+        return added + self.only(self.passes[rank], apply(transfer, state))

@@ -33,7 +33,6 @@ def with_inputs_before(
     if context.cu_seqlens is not None:  # what lies before the row's last piece is another document's
         place = torch.arange(T - tail, T, device=last.device)
         last = last.where((place >= context.first_of_last[:, None])[..., None], 0)
-    before = shift(last, context.axis)
-    joins = context.mask(context.joins[context.axis.rank], before)
-    befores = context.initial(torch.where(joins, before, 0)).split([x.shape[-1] for x in inputs], dim=-1)
+    before = context.only(context.joins[context.axis.rank], shift(last, context.axis))
+    befores = context.initial(before).split([x.shape[-1] for x in inputs], dim=-1)
     return [(whole.view(x.shape), before) for whole, x, before in zip(wholes, inputs, befores)]

@@ -28,7 +28,7 @@ def context_head_rnn(context: Context, gates: torch.Tensor, weight: torch.Tensor
     (B, _), (H, K) = context.shape, gates.shape[3:]
     state = gates.new_zeros(B, len(CELLS[cell].states), H, K, dtype=state_dtype(gates))
     state = _Receive.apply(state, gates, weight, context)
-    initial = context.initial(torch.where(context.mask(context.joins[context.axis.rank], state), state, 0))
+    initial = context.initial(context.only(context.joins[context.axis.rank], state))
     h, final = head_rnn(gates, weight, cell, initial_state=initial, cu_seqlens=context.cu_seqlens)
     return _Send.apply(h, final.index_select(0, context.last), context)
 

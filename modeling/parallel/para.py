@@ -124,9 +124,8 @@ def _from_recent(
     depends = [c or p for c, p in zip(cut, context.passes[context.axis.rank])]
     end = solve(recent, zeros, bounds)[1]
     h, final = solve(whole, context.initial(context.incoming(end, None)), context.cu_seqlens)
-    A = slope(recent, bounds)
-    A = A.where(context.mask(depends, A), 0)
-    gap = (final.index_select(0, context.last) - end).detach().where(context.mask(context.goes_on, zeros), 0)
+    A = context.only(depends, slope(recent, bounds))
+    gap = context.only(context.goes_on, (final.index_select(0, context.last) - end).detach())
     remembered, apart = _largest(context, A, gap)
     if remembered > FORGOTTEN or apart > max(tolerance, FORGOTTEN):
         return None
@@ -140,29 +139,26 @@ def _entering(
     """States that enter, cheap ones first; after how many passes; and how far the states that leave may be from them.
     The last are exact whatever the cell: None, no need to look."""
     tail, enter, change = context.tail(gates), zeros, 0.0
-    passes = context.mask(context.passes[context.axis.rank], zeros)
     for n in range(context.chain):
-        before, start = enter, torch.where(passes, enter, 0)
-        end, A = _linearise(solve, tail, start, context.tail_seqlens, passes)
+        before, start = enter, context.only(context.passes[context.axis.rank], enter)
+        end, A = _linearise(context, solve, tail, start)
         enter = _fold(context, end, A, start)
         if n + 1 >= PASSES and context.chain > PASSES:
             (change,) = _largest(context, enter - before)
             if change <= tolerance and n + 1 < context.chain:
-                yield _with_gradient(context, solve, tail, enter, passes), n + 2, tolerance
+                yield _with_gradient(context, solve, tail, enter), n + 2, tolerance
     if context.chain > PASSES:
         record_solve(f"{name}_over_ranks", context.chain + 1, change, change <= tolerance)
-    yield _with_gradient(context, solve, tail, enter, passes), context.chain + 1, None
+    yield _with_gradient(context, solve, tail, enter), context.chain + 1, None
 
 
-def _with_gradient(
-    context: Context, solve: Solve, tail: torch.Tensor, enter: torch.Tensor, passes: torch.Tensor
-) -> torch.Tensor:
+def _with_gradient(context: Context, solve: Solve, tail: torch.Tensor, enter: torch.Tensor) -> torch.Tensor:
     """The last pass, from whole shards: its value, and the gradient of the solution that it has come to."""
-    bounds, start = context.tail_seqlens, torch.where(passes, enter, 0)
-    _, end = solve(tail, start, bounds)
+    start = context.only(context.passes[context.axis.rank], enter)
+    _, end = solve(tail, start, context.tail_seqlens)
     if not context.chain:
         return context.incoming(end, None)
-    _, A = _linearise(solve, tail, start, bounds, passes, steep=True)
+    _, A = _linearise(context, solve, tail, start, steep=True)
     # slopes that overflowed carry no gradient where there is none to carry
     slope = context.incoming(end, A.nan_to_num(nan=torch.nan), _apply)
     return _Gradient.apply(slope, _fold(context, end.detach(), _tame(A), start))
@@ -181,17 +177,12 @@ class _Gradient(torch.autograd.Function):
 
 
 def _linearise(
-    solve: Solve,
-    gates: torch.Tensor,
-    start: torch.Tensor,
-    bounds: torch.Tensor | None,
-    depends: torch.Tensor,
-    steep: bool = False,
+    context: Context, solve: Solve, tail: torch.Tensor, start: torch.Tensor, steep: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Φ (B, K, D) at `start`, and A (B, K, K, D), zero where the end does not depend on the start; tame slopes for the
     iteration, unless they are to be as `steep` as they are."""
-    end, A = linearise(lambda start: solve(gates.detach(), start, bounds)[1], start)
-    A = A.where(depends[:, None], 0)
+    end, A = linearise(lambda start: solve(tail.detach(), start, context.tail_seqlens)[1], start)
+    A = context.only(context.passes[context.axis.rank], A)
     return end, A if steep else _tame(A)
 
 
