@@ -52,7 +52,7 @@ class Ranks:
         return box[0]
 
     def barrier(self) -> None:
-        dist.barrier()
+        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)  # else torch warns
 
     def set_timeout(self, minutes: float) -> None:
         """Of collectives from now on, in all of the mesh's groups."""
