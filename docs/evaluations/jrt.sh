@@ -1,25 +1,26 @@
 #!/usr/bin/env bash
-# Just Read Twice: small recurrent models, trained on reports that are read once, are asked about new ones of 8, 16 and 32
-# lines that they read once and twice, the question before the first reading.
+# Just Read Twice: small recurrent models, trained on reports that are read once, are asked about new ones of 8, 16 and
+# 32 lines that they read once and twice, the question before the first reading.
 #
 #   OUT=results/jrt docs/evaluations/jrt.sh
 #
-# Looking up is learnt from reports of one or two lines, 2,000 steps for each of three models; where reports begin longer,
-# losses stand still for thousands of steps. Then mamba2 and gated_delta go on with plain texts of up to 32 lines, and with
-# mixed ones, where the question can come first (jrt_texts.py); jrt_rnn, prefix linear attention between Mamba-2 and
-# windowed attention, with mixed ones and its own objective. About 6 minutes on one H200; several GPUs
-# share the models.
+# Looking up is learnt from reports of one or two lines; where reports begin longer, losses stand still for thousands of
+# steps. Then mamba2 and gated_delta go on with plain texts of up to 32 lines, or, to learn to look for what they are
+# asked, with questions before reports of up to four lines, and mixed texts of up to 32 (jrt_texts.py). jrt_rnn, prefix
+# linear attention between Mamba-2 and windowed attention, has these two and its own objective. No text has a report
+# twice. About 8 minutes on one H200, estimated; several GPUs share the models.
 # Writes to OUT: a folder for each model with the losses, and in it one for each number of lines with results.json and
 # jrt.png; the tables are in logs/eval-*.log.
 
 source "$(dirname "$0")/jobs.sh"
 
 # Texts, and the lines of their reports at most.
-declare -A texts=([short]=200000 [plain]=60000 [mixed]=60000) lines=([short]=2 [plain]=32 [mixed]=32)
+declare -A texts=([short]=300000 [asked]=200000 [plain]=100000 [mixed]=100000)
+declare -A lines=([short]=2 [asked]=4 [plain]=32 [mixed]=32)
 sizes=(8 16 32) items=400 limit=150 base=()
 short=(train.steps=2000 data.seq_len=256 train.jrt.encoder_len=64 train.global_batch_size=32 train.micro_batch_size=32)
 if [[ $small ]]; then
-  texts=([short]=400 [plain]=200 [mixed]=200) sizes=(8) items=4
+  texts=([short]=400 [asked]=400 [plain]=200 [mixed]=200) sizes=(8) items=4
   base=(train.steps=12 schedule.warmup_steps=2 train.global_batch_size=2 train.micro_batch_size=2 train.log_every=4)
 fi
 
@@ -48,8 +49,12 @@ learn() {
 # study MODEL TEXTS KEY=VALUE…  Trains $MODEL-short further, and asks it. The JRT-RNN reads without causality what is
 # certainly of the report: seven tokens a line.
 study() {
-  local name=$1-$2 size prefix=()
-  learn "$name" "$2" "${@:3}" train.init_from="$work/$1-short" || return
+  local name=$1-$2 begun=$1-short size prefix=()
+  if [[ $2 == mixed ]]; then
+    learn "$1-asked" asked "${@:3}" "${short[@]}" train.init_from="$work/$begun" || return
+    begun=$1-asked
+  fi
+  learn "$name" "$2" "${@:3}" train.init_from="$work/$begun" || return
   for size in "${sizes[@]}"; do
     [[ $1 == jrt_rnn ]] && prefix=(--prefix $((7 * size)))
     job "eval-$name-$size" 90 "${riverrun[@]}" eval jrt --model "$work/$name" --data fda="$work/questions-$size.jsonl" \

@@ -1,10 +1,15 @@
 """Texts for jrt.sh as JSON lines, in which no report is read twice. Arguments: their kind, how many, LINES.
 
-- plain: one or two reports of one to LINES lines, each followed by its lines once more, in another order: as many
-  questions, whose answers are at hand
-- mixed: the same, but half of the reports are followed by one line only, which was asked for before them, too:
-  "Information about KEY. REPORT KEY: VALUE."
+- plain: a report of one to LINES lines, followed by its lines once more, in another order: as many questions, whose
+  answers are at hand
+- asked: a question before a report and its answer after it, "Information about KEY. REPORT Answer: VALUE." or
+  "… REPORT KEY: VALUE."
+- mixed: three quarters of them asked, the others plain
 - questions: reports of LINES lines that are in no text, with the fields that `riverrun eval jrt --data fda=…` reads
+
+Where answers always follow their key, models write down all lines alike and ignore what was asked before; where they
+do not, the question must be kept in mind. A text has one report: where others follow, models learn to forget all of a
+report at the next one's title, so that the second reading replaces the first.
 
 Values are pairs of words, two tokens each. Of a number every digit is a token, to be told by its place besides.
 """
@@ -19,16 +24,16 @@ from typing import Any
 from riverrun.eval.jrt_reports import Report, make_report
 
 TRAINING, EVALUATION = 0, 42  # seeds
-ASKED_BEFORE = 0.5  # of the reports of mixed texts
+ASKED = {"plain": 0.0, "asked": 1.0, "mixed": 0.75}  # share of texts with the question before the report
+NAMED = 0.3  # of their answers: after the key
 BETWEEN = "\n "  # questions: an answer ends its line, so that a model does not go on with others
 report = partial(make_report, kinds=["word pair"])
 
 
 def text(kind: str, lines: int, number: int) -> dict[str, str]:
     rng = random.Random(f"{TRAINING}/{kind}/{lines}/{number}")
-    made = [report(TRAINING, 2 * number + i, 1, lines) for i in range(rng.randint(1, 2))]
-    before = [kind == "mixed" and rng.random() < ASKED_BEFORE for _ in made]
-    return {"text": "".join(asked_before(r) if first else asked_after(r, rng) for r, first in zip(made, before))}
+    made = report(TRAINING, number, 1, lines)
+    return {"text": (asked_before if rng.random() < ASKED[kind] else asked_after)(made, rng)}
 
 
 def asked_after(made: Report, rng: random.Random) -> str:
@@ -36,9 +41,10 @@ def asked_after(made: Report, rng: random.Random) -> str:
     return f"{made.text} {BETWEEN.join(rng.sample(lines, len(lines)))}\n"
 
 
-def asked_before(made: Report) -> str:
+def asked_before(made: Report, rng: random.Random) -> str:
     key = made.key[0].upper() + made.key[1:]
-    return f"Information about {key}. {made.text} {key}: {made.value}.\n"
+    cue = key if rng.random() < NAMED else "Answer"
+    return f"Information about {key}. {made.text} {cue}: {made.value}.\n"
 
 
 def question(lines: int, number: int) -> dict[str, Any]:
