@@ -1,8 +1,8 @@
 """How the last state of a short sequence depends on the one before its first token, in Triton.
 
 One pass, token by token: the state, and the product of the steps' Jacobians. Autograd gives the same of the solvers
-(`shooting.linearise`), for a solve that keeps all states and one more for each state vector: on a GPU that is many
-launches for few tokens.
+(`slope.py`), for a solve that keeps all states and one more for each state vector: on a GPU that is many launches for
+few tokens.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,8 @@ import triton.language as tl
 
 from riverrun.kernels.common.operator import operator
 from riverrun.kernels.common.self_check import check_once, deviation, draws, is_due, rounding, widest
-from riverrun.kernels.common.shooting import final_state, linearise, statistics_of
+from riverrun.kernels.common.shooting import final_state, statistics_of
+from riverrun.kernels.common.slope import linearise
 from riverrun.kernels.common.triton_affine import identity, multiply, select, zeros
 from riverrun.kernels.common.triton_shooting import STEPS, TritonCell
 from riverrun.kernels.common.triton_solve import load_group, load_rows, token_of

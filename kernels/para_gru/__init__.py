@@ -3,7 +3,8 @@
 import torch
 
 from riverrun.kernels.common.backend import check_shape, resolve_backend
-from riverrun.kernels.common.shooting import check_solver, final_state, linearise, plan, state_dtype
+from riverrun.kernels.common.shooting import check_solver, final_state, plan, state_dtype
+from riverrun.kernels.common.slope import linearise
 from riverrun.kernels.para_gru.chunked import para_gru_chunked
 from riverrun.kernels.para_gru.reference import para_gru_reference
 

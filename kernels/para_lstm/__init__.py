@@ -3,7 +3,8 @@
 import torch
 
 from riverrun.kernels.common.backend import check_shape, resolve_backend
-from riverrun.kernels.common.shooting import check_solver, final_state, linearise, plan, state_dtype
+from riverrun.kernels.common.shooting import check_solver, final_state, plan, state_dtype
+from riverrun.kernels.common.slope import linearise
 from riverrun.kernels.para_lstm.chunked import para_lstm_chunked
 from riverrun.kernels.para_lstm.reference import para_lstm_reference
 

@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from riverrun.kernels.common.shooting import linearise, record_solve, state_dtype
+from riverrun.kernels.common.shooting import record_solve, state_dtype
+from riverrun.kernels.common.slope import linearise
 from riverrun.kernels.para_gru import para_gru, para_gru_slope
 from riverrun.kernels.para_lstm import para_lstm, para_lstm_slope
 from riverrun.modeling.parallel.context import Context

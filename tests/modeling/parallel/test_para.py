@@ -6,7 +6,8 @@ import weakref
 import pytest
 import torch
 
-from riverrun.kernels.common.shooting import linearise, take_statistics
+from riverrun.kernels.common.shooting import take_statistics
+from riverrun.kernels.common.slope import linearise
 from riverrun.kernels.para_gru import para_gru
 from riverrun.kernels.para_lstm import para_lstm
 from riverrun.modeling.parallel import para
