@@ -1,4 +1,4 @@
-"""How a recurrence's last state depends on its first, by autograd; in Triton, for short sequences: `triton_slope.py`."""
+"""How a recurrence's last state depends on its first, by autograd. For short sequences in Triton: `triton_slope.py`."""
 
 from collections.abc import Callable
 

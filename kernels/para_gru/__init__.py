@@ -97,7 +97,7 @@ def para_gru_slope(
         ∂(final state)/∂(initial state) (S, 1, 1, D), in float32 (float64 if `gates` is float64).
 
     Raises:
-        ValueError: as in `para_gru`.
+        ValueError: a backend that there is not, or that does not take such gates; shapes are for `para_gru` to check.
     """
     if resolve_backend("para_gru", backend, gates, gates.shape[1], has_triton=True) == "triton":
         from riverrun.kernels.para_gru.triton_cell import para_gru_slope_triton

@@ -102,7 +102,7 @@ def para_lstm_slope(
         ∂(final state)/∂(initial state) (S, 2, 2, D), in float32 (float64 if `gates` is float64).
 
     Raises:
-        ValueError: as in `para_lstm`.
+        ValueError: a backend that there is not, or that does not take such gates; shapes are for `para_lstm` to check.
     """
     if resolve_backend("para_lstm", backend, gates, gates.shape[1], has_triton=True) == "triton":
         from riverrun.kernels.para_lstm.triton_cell import para_lstm_slope_triton
