@@ -5,13 +5,7 @@ A file of launches, say `launches_para.py`, defines functions `launch_…()` tha
 ops, which insist on CUDA tensors) with CPU tensors. Here every start of a kernel is turned into a compilation; nothing
 runs. Triton's interpreter must be off, which the tests have on: hence a process of its own.
 
-    python tests/kernels/compiling.py tests/kernels/launches_para.py [80 [launch_gru …]]
-
-prints one JSON object a kernel.
-
-A kernel is compiled once for each set of its constants, which takes seconds. So the launches of a file are not the
-product of all choices: independent ones are made together in a few launches, whose shapes are some that are trained and
-those that need the most registers and shared memory.
+    python tests/kernels/compiling.py tests/kernels/launches_para.py [80]     prints one JSON object a kernel
 """
 
 import json
@@ -26,28 +20,27 @@ from pathlib import Path
 SHARED_LIMIT, SHARED_LIMIT_OF_AMPERE = 232_448, 166_912  # bytes a program may use
 
 
-def compile_for_hopper(launches: Path, *names: str) -> list[dict]:
-    return _compile_apart(launches, "90", names)
+def compile_for_hopper(launches: Path) -> list[dict]:
+    return _compile_apart(launches, "90")
 
 
-def compile_for_ampere(launches: Path, *names: str) -> list[dict]:
-    return _compile_apart(launches, "80", names)
+def compile_for_ampere(launches: Path) -> list[dict]:
+    return _compile_apart(launches, "80")
 
 
 CARDS = {"sm_90": (compile_for_hopper, SHARED_LIMIT), "sm_80": (compile_for_ampere, SHARED_LIMIT_OF_AMPERE)}
 
 
-def _compile_apart(launches: Path, capability: str, names: tuple[str, ...]) -> list[dict]:
-    """One dict a kernel of the launches of these names, or of all: launch, kernel, num_warps, registers, stack (bytes:
-    spills), shared (bytes), wgmma and converts (how many of Triton's operations are that)."""
+def _compile_apart(launches: Path, capability: str) -> list[dict]:
+    """One dict a compiled kernel: launch, kernel, num_warps, registers, stack (bytes: spills), shared (bytes), ptx."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, str(launches), capability, *names]
+    command = [sys.executable, __file__, str(launches), capability]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def _compile(launches: str, capability: str = "90", *names: str) -> None:
+def _compile(launches: str, capability: str = "90") -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -74,9 +67,9 @@ def _compile(launches: str, capability: str = "90", *names: str) -> None:
         return kernel
 
     triton.JITFunction.run = compile_only
-    functions = {name: x for name, x in runpy.run_path(launches).items() if name.startswith("launch_")}
-    for launch in names or functions:
-        functions[launch]()
+    for launch, function in runpy.run_path(launches).items():
+        if launch.startswith("launch_"):
+            function()
 
 
 def _resources(kernel) -> dict:

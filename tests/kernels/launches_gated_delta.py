@@ -18,12 +18,16 @@ def launch_gated_deltanet():
     run(8, 4096, 1, 16, 128, 128, False)
 
 
-def launch_olmo_heads_of_a_long_row_from_a_state():
-    run(1, 8192, 1, 4, 96, 192, True, states=True)
+def launch_olmo_heads():
+    run(8, 4096, 1, 30, 96, 192, True)
 
 
 def launch_three_steps_packed():
-    run(1, 4096, 3, 16, 128, 128, True, packed=True)
+    run(1, 4096, 3, 16, 128, 128, False, packed=True)
+
+
+def launch_two_steps_of_a_long_row_from_a_state():
+    run(1, 8192, 2, 4, 128, 128, True, states=True)
 
 
 def launch_wide_heads():

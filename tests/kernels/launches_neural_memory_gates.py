@@ -14,7 +14,7 @@ def run(chunk, H=16, momentum=True, packed=False):
 
 
 def launch_chunks():
-    for chunk in (16, 32, 64):
+    for chunk in (16, 32, 64, 128):
         run(chunk)
 
 

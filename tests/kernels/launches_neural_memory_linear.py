@@ -21,19 +21,27 @@ def run(B, T, H, K, V, chunk, online, late=False, momentum=True, packed=False, s
 
 
 def launch_titans():
-    run(1, 512, 16, 128, 128, 64, online=True, packed=True, states=False)
+    run(8, 512, 16, 128, 128, 64, online=True, states=False)
+
+
+def launch_titans_packed_from_states():
+    run(1, 512, 16, 128, 128, 64, online=True, late=True, packed=True)
 
 
 def launch_anchored():
     run(8, 512, 16, 128, 128, 64, online=False)
 
 
+def launch_without_momentum():
+    run(8, 512, 16, 128, 128, 64, online=True, momentum=False)
+
+
 def launch_anchored_without_momentum():
     run(8, 512, 16, 64, 64, 64, online=False, late=True, momentum=False)
 
 
-def launch_uneven_heads_packed_from_states():
-    run(1, 512, 16, 96, 192, 64, online=True, late=True, packed=True)
+def launch_uneven_heads():
+    run(8, 512, 16, 96, 192, 64, online=True)
 
 
 def launch_wide_heads():
@@ -45,4 +53,4 @@ def launch_long_chunks():
 
 
 def launch_single_precision():
-    run(8, 512, 16, 128, 128, 64, online=True, dtype=torch.float32)
+    run(2, 512, 6, 256, 256, 64, online=True, dtype=torch.float32)

@@ -156,9 +156,6 @@ def test_user_errors():
 
 
 def test_compiles_for_hopper():
-    """Products of one part (heads of 128 channels, and of 256, which need the most shared memory), in whole rows; and
-    exact ones of several, in segments: of OLMo-Hybrid's heads (96, 192) from a given state, and of the other recipes'
-    (128), in documents with several steps a token."""
     kernels = compile_for_hopper(Path(__file__).with_name("launches_gated_delta.py"))
     names = ("inverse", "scores", "forward", "between", "backward", "within", "gradients")
     assert {k["kernel"] for k in kernels} == {f"{name}_kernel" for name in names}
@@ -171,7 +168,6 @@ def test_compiles_for_hopper():
 
 
 def test_compiles_for_ampere():
-    """As for Hopper: chunks and tiles are others there."""
     for kernel in compile_for_ampere(Path(__file__).with_name("launches_gated_delta.py")):
         assert kernel["shared"] <= SHARED_LIMIT_OF_AMPERE, kernel
         assert kernel["stack"] <= 500, f"spills: {kernel}"

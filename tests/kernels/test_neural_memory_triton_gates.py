@@ -85,9 +85,8 @@ def test_extreme_gates(name, value, every):
     gates.log_keep[:, ::2] = -1e-4
     gates.log_momentum[:, 1::2] = -1e-4
     getattr(gates, name)[:, ::every] = value
-    assert_equal(gates, 64)
-    if name == "log_keep":  # without a momentum the other is no case of its own
-        assert_equal(gates._replace(log_momentum=None), 64)
+    for some in (gates, gates._replace(log_momentum=None)):
+        assert_equal(some, 64)
 
 
 def test_what_is_forgotten_has_no_gradient():
@@ -180,8 +179,6 @@ def test_checks_itself(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("card", CARDS)
 def test_kernels_compile_without_spilling(card):
-    """Chunks of 16 tokens, of the 64 that are trained, and packed ones of 128. What a program holds is as much for all
-    lengths, 32 among them: it has fewer heads where chunks are longer."""
     compiler, _ = CARDS[card]
     kernels = compiler(Path(__file__).with_name("launches_neural_memory_gates.py"))
     assert {k["kernel"] for k in kernels} == {"forward_kernel", "backward_kernel"}
