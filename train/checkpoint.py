@@ -76,12 +76,14 @@ def publish(partial: Path, final: Path, step: int, files: Mapping[str, manifest.
     _sync(final.parent)
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Deletes all checkpoints but the newest `keep` and the last known good one."""
+def retire(run_dir: Path, keep: int) -> list[Path]:
+    """Takes their names from all checkpoints but the newest `keep` and the last known good one.
+
+    Returns:
+        Their folders, which are to be deleted; `set_aside` deletes those that a crash left.
+    """
     good = last_good(run_dir)
-    for old in checkpoints(run_dir)[:-keep]:
-        if old != good:
-            remove(old)
+    return [_unname(old) for old in checkpoints(run_dir)[:-keep] if old != good]
 
 
 def mark_good(run_dir: Path, step: int) -> None:
@@ -286,7 +288,10 @@ def _sync(path: Path) -> None:
 def remove(path: Path) -> None:
     """A folder that is half removed when a crash comes does not have a checkpoint's name any more."""
     if path.exists():
-        gone = path.with_name(path.name + GONE)
-        shutil.rmtree(gone, ignore_errors=True)
-        path.rename(gone)
-        shutil.rmtree(gone)
+        shutil.rmtree(_unname(path))
+
+
+def _unname(path: Path) -> Path:
+    gone = path.with_name(path.name + GONE)
+    shutil.rmtree(gone, ignore_errors=True)
+    return path.rename(gone)

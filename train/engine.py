@@ -197,17 +197,20 @@ class Engine:
         """Optimiser steps so far, skipped ones counted."""
         return self._deepspeed.global_steps
 
-    def save(self, folder: Path, write: Callable[[Any, Path], None] = torch.save) -> None:
+    def save(self, folder: Path, write: Callable[[Any, Path], None] = torch.save, *, slices: bool = False) -> None:
         """Writes this rank's part of weights and optimiser state to `folder/zero`, on every rank, and the states that
         it passes to `folder/states`, which must be there.
 
         Args:
             write: is given each file's content and path. The content is the engine's own: the next step changes it.
+            slices: `write` writes of a tensor that is a slice of a storage, as weights are, no more than the slice.
+                `torch.save` would write the whole, so DeepSpeed copies weights to the host first.
 
         Raises:
             OSError: on the ranks where writing failed; no rank is left waiting in a collective.
         """
         self._save_error, self._write = None, write
+        self._deepspeed.checkpoint_engine.preserves_storage_sharing = lambda: not slices
         with quiet():
             self._deepspeed.save_checkpoint(str(folder), tag=TAG, save_latest=False)
         if self.states is not None:

@@ -3,7 +3,8 @@
 A save begins with a copy of what this rank has to write, in the host's memory; that is what training waits for. Then a
 thread writes the files, waits until they are on disk and takes their checksums. Once that is over on every rank, which
 the training loop learns with the sums of its next steps, `finish` gathers the checksums, and rank 0 writes the manifest
-and renames the folder. All collectives are in the main thread. Folder and files: see `checkpoint`.
+and renames the folder; the thread deletes older ones. All collectives are in the main thread. Folder and files: see
+`checkpoint`.
 """
 
 import json
@@ -11,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,8 @@ class Saver:
         self.run_dir, self.keep, self.ranks, self.asynchronous = run_dir, keep, ranks, asynchronous
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
+        self._deleted: Future = Future()
+        self._deleted.set_result(None)
 
     def start(self, step: int, engine: engines.Engine, state: dict[str, Any]) -> None:
         """Begins to write the checkpoint of `step`.
@@ -91,7 +95,7 @@ class Saver:
                 torch.save(value, path)
 
         def take() -> None:
-            engine.save(partial, collect)
+            engine.save(partial, collect, slices=self.asynchronous)
             collect(checkpoint.rng_state(), partial / "rng" / f"rank_{self.ranks.rank:05d}.pt")
 
         try:
@@ -102,10 +106,7 @@ class Saver:
             raise
         text = json.dumps(state, indent=1) if self.ranks.rank == 0 else None  # now: training goes on changing it
         unwritten = files if self.asynchronous else [(None, path) for _, path in files]
-        if self.asynchronous:
-            pending.work = self._pool.submit(_write, partial, unwritten, text)
-        else:
-            _run_into(pending.work, _write, partial, unwritten, text)
+        pending.work = self._run(_write, partial, unwritten, text)
         pending.stall = time.perf_counter() - began
         self._pending = pending
 
@@ -136,7 +137,8 @@ class Saver:
             if self.ranks.rank == 0:
                 entries = {name: entry for part in parts for name, entry in part.items()}
                 checkpoint.publish(pending.partial, final, pending.step, entries)
-                checkpoint.prune(self.run_dir, self.keep)
+                old, self._deleted = self._deleted, self._run(_delete, checkpoint.retire(self.run_dir, self.keep))
+                old.result()  # before this checkpoint was written: its errors are told now
 
         try:
             parts = checkpoint.together(pending.work.result, self.ranks)
@@ -149,8 +151,21 @@ class Saver:
         return Saved(pending.step, final, pending.stall + now - waited, now - pending.began, size)
 
     def close(self) -> None:
-        """Without a `finish` before it, what is being written is left half-written, as a crash would leave it."""
+        """Without a `finish` before it, what is being written is left half-written, as a crash would leave it; and what
+        could not be deleted stays, until the next start of the run."""
+        self._deleted.exception()
         self._pool.shutdown(cancel_futures=True)
+
+    def _run(self, function: Callable[..., Any], *args: Any) -> Future:
+        """In the thread, one after another; or at once, if not asynchronous."""
+        if self.asynchronous:
+            return self._pool.submit(function, *args)
+        done: Future = Future()
+        try:
+            done.set_result(function(*args))
+        except OSError as error:
+            done.set_exception(error)
+        return done
 
     def _discard(self, partial: Path) -> None:
         if self.ranks.rank == 0:
@@ -174,8 +189,7 @@ def _write(partial: Path, files: list[tuple[Any, Path]], trainer: str | None) ->
     return {path.relative_to(partial).as_posix(): checkpoint.sync_and_measure(path) for path in paths}
 
 
-def _run_into(future: Future, function: Callable[..., Any], *args: Any) -> None:
-    try:
-        future.set_result(function(*args))
-    except OSError as error:
-        future.set_exception(error)
+def _delete(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(FileNotFoundError):  # a rollback deletes leftovers too
+            shutil.rmtree(folder)

@@ -2,6 +2,7 @@
 
 import errno
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ class FakeEngine:
     def __init__(self, error=None):
         self.error, self.weights = error, torch.arange(100.0)
 
-    def save(self, folder, write):
+    def save(self, folder, write, slices):
         write({"weights": self.weights}, folder / "zero" / "weights.pt")
         if self.error:
             raise self.error
@@ -61,6 +62,34 @@ def test_only_the_newest_are_kept(tmp_path):
         save(tmp_path, step, keep=2)
     assert [checkpoint.step_of(c) for c in checkpoint.checkpoints(tmp_path)] == [10, 100000000]
     assert checkpoint.read_state(checkpoint.checkpoints(tmp_path)[0])["step"] == 10
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_old_ones_are_gone_when_the_saver_is_closed(tmp_path, asynchronous):
+    saver = Saver(tmp_path, 1, Alone(), asynchronous)
+    for step in (1, 2, 3):
+        saver.start(step, FakeEngine(), {"step": step})
+        saver.finish()
+    saver.close()
+    assert [p.name for p in checkpoint.folder_of(tmp_path).iterdir()] == ["step_00000003"]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_an_old_one_that_cannot_be_deleted_is_told_with_the_next(tmp_path, monkeypatch, asynchronous):
+    def busy(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    saver = Saver(tmp_path, 1, Alone(), asynchronous)
+    for step in (1, 2, 3):
+        saver.start(step, FakeEngine(), {"step": step})
+        if step < 3:
+            saver.finish()
+    with pytest.raises(OSError, match="busy"):
+        saver.finish()
+    saver.close()
+    assert [checkpoint.step_of(c) for c in checkpoint.checkpoints(tmp_path)] == [3]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest", "no manifest"])
