@@ -64,7 +64,7 @@ def para_gru(
 
         initial = None if initial_state is None else initial_state.float()[:, None]
         h, final = para_gru_triton(gates, weight, bias, initial, cu_seqlens, chunk_size, tolerance, max_passes)
-        return h, final[:, 0]
+        return h, final.squeeze(1)
     if initial_state is None:
         initial_state = gates.new_zeros(S, D, dtype=state_dtype(gates))
     initial_state = initial_state.to(state_dtype(gates))

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -33,7 +33,7 @@ def bench_context(
     """
     import torch
 
-    from riverrun.modeling.benchmarks.context import measure
+    from riverrun.modeling.benchmarks.context import Sequence
     from riverrun.modeling.mixers import MIXERS
     from riverrun.modeling.options import ModelOptions
     from riverrun.train import distributed
@@ -56,17 +56,18 @@ def bench_context(
     title = f"{mixer}, D={width}, {dtype}, B=1, {world} x {name}, torch {torch.__version__}: forward and backward"
     about = {"mixer": mixer, "width": width, "dtype": dtype, "ranks": world, "device": name}
     rows: list[Row] = []
-    table = ""
     try:
         kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-        for size in sizes:
-            rows.append(measure(mixer, options, size, kind, ranks.mesh.cp, ranks.device, repeats))
+        sequences = [Sequence(mixer, options, size, kind, ranks.mesh.cp, ranks.device) for size in sizes]
+        for sequence in sequences:
+            rows.append(sequence.measure(repeats))
             if rank == 0:
-                table = _write(rows, title, about, folder)  # what there is stays if the run is cut off
+                _write(rows, title, about, folder)  # what there is stays if the run is cut off
+        rows = [replace(row, communication=one.communication()) for row, one in zip(rows, sequences)]
     finally:
         distributed.stop()
     if rank == 0:
-        out.print(table, soft_wrap=True, markup=False, highlight=False)
+        out.print(_write(rows, title, about, folder), soft_wrap=True, markup=False, highlight=False)
 
 
 def _write(rows: "list[Row]", title: str, about: dict[str, Any], folder: Path) -> str:
@@ -80,7 +81,8 @@ def _write(rows: "list[Row]", title: str, about: dict[str, Any], folder: Path) -
     cells: list[tuple[str, ...]] = [
         (
             f"{row.length:,}", f"{row.alone:.2f}", f"{row.shared:.2f}", f"{row.speedup:.2f}",
-            f"{row.speedup / world:.0%}", f"{row.communication:.0%}", f"{row.deviation:.1e}",
+            f"{row.speedup / world:.0%}", "" if row.communication is None else f"{row.communication:.0%}",
+            f"{row.deviation:.1e}",
         )
         for row in rows
     ]  # fmt: skip

@@ -28,63 +28,87 @@ class Row:
     rank's, medians.
 
     Attributes:
-        communication: the share of the shared time that collectives are under way.
         deviation: of the shared output from the whole's, relative to its norm; the worst rank's.
+        communication: the share of the shared time that collectives are under way, once it was looked at.
     """
 
     length: int
     alone: float
     shared: float
-    communication: float
     deviation: float
+    communication: float | None = None
 
     @property
     def speedup(self) -> float:
         return self.alone / self.shared
 
 
-def measure(
-    mixer: str, options: ModelOptions, length: int, dtype: torch.dtype, axis: Axis, device: torch.device, repeats: int
-) -> Row:
-    """Called on every rank of `axis` alike.
+@dataclass(frozen=True)
+class Sequence:
+    """A layer, and one sequence for it; called on every rank of `axis` alike.
 
     Args:
         options: resolved; of the mixer, the model's width.
     """
-    torch.manual_seed(0)
-    with torch.device(device):
-        layer = MIXERS[mixer](getattr(options, mixer), options.hidden_size, options.norm_eps)
-        whole = torch.randn(1, length, options.hidden_size).to(dtype)
-        upstream = torch.randn(1, length, options.hidden_size).to(dtype)
-    for module in layer.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
-        elif (reset := getattr(module, "reset_parameters", None)) is not None:
-            reset()
-    for param in layer.parameters():
-        param.data = param.data if getattr(param, "keep_fp32", False) else param.data.to(dtype)
 
-    mine = axis.share(length)
-    alone = Layout.of_rows((1, length), torch.zeros(1, dtype=torch.int64, device=device))
-    shared = Layout.of_shard(Context.of_rows(axis, 1, length, [0, length], device))
-    if mixer == "attention":
-        for layout in (alone, shared):
-            layout.rope = rotary_tables(
-                layout.positions, options.attention.head_dim, options.attention.rope_theta, dtype
-            )
-    with torch.no_grad():
-        want, got = layer(whole, alone)[:, mine].float(), layer(whole[:, mine], shared).float()
-    deviation = torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want)
-    dist.all_reduce(deviation, dist.ReduceOp.MAX, group=axis.group)
-    of_whole = _step(layer, whole, upstream, alone)
-    of_shard = _step(layer, whole[:, mine].contiguous(), upstream[:, mine].contiguous(), shared)
-    return Row(
-        length,
-        _slowest(of_whole, axis, device, repeats),
-        _slowest(of_shard, axis, device, repeats),
-        _communication(of_shard, device),
-        deviation.item(),
-    )
+    mixer: str
+    options: ModelOptions
+    length: int
+    dtype: torch.dtype
+    axis: Axis
+    device: torch.device
+
+    def measure(self, repeats: int) -> Row:
+        layer, whole, upstream = self._drawn()
+        alone, shared, mine = self._alone(), self._shared(), self.axis.share(self.length)
+        with torch.no_grad():
+            want, got = layer(whole, alone)[:, mine].float(), layer(whole[:, mine], shared).float()
+        deviation = torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want)
+        dist.all_reduce(deviation, dist.ReduceOp.MAX, group=self.axis.group)
+        of_whole = _step(layer, whole, upstream, alone)
+        of_shard = _step(layer, whole[:, mine].contiguous(), upstream[:, mine].contiguous(), shared)
+        one, several = (_slowest(call, self.axis, self.device, repeats) for call in (of_whole, of_shard))
+        return Row(self.length, one, several, deviation.item())
+
+    def communication(self) -> float:
+        """The share of a shared step that collectives are under way. To be asked when all is timed: a profiler leaves
+        hooks behind, in which later launches may spend time."""
+        layer, whole, upstream = self._drawn()
+        mine = self.axis.share(self.length)
+        call = _step(layer, whole[:, mine].contiguous(), upstream[:, mine].contiguous(), self._shared())
+        for _ in range(WARM_UP):
+            call()
+        return _communication(call, self.device)
+
+    def _drawn(self) -> tuple[Mixer, torch.Tensor, torch.Tensor]:
+        """The layer, its input and the gradient of its output."""
+        torch.manual_seed(0)
+        options, size = self.options, self.options.hidden_size
+        with torch.device(self.device):
+            layer = MIXERS[self.mixer](getattr(options, self.mixer), size, options.norm_eps)
+            whole, upstream = (torch.randn(1, self.length, size).to(self.dtype) for _ in range(2))
+        for module in layer.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            elif (reset := getattr(module, "reset_parameters", None)) is not None:
+                reset()
+        for param in layer.parameters():
+            param.data = param.data if getattr(param, "keep_fp32", False) else param.data.to(self.dtype)
+        return layer, whole, upstream
+
+    def _alone(self) -> Layout:
+        places = torch.zeros(1, dtype=torch.int64, device=self.device)
+        return self._with_rope(Layout.of_rows((1, self.length), places))
+
+    def _shared(self) -> Layout:
+        context = Context.of_rows(self.axis, 1, self.length, [0, self.length], self.device)
+        return self._with_rope(Layout.of_shard(context))
+
+    def _with_rope(self, layout: Layout) -> Layout:
+        if self.mixer == "attention":
+            options = self.options.attention
+            layout.rope = rotary_tables(layout.positions, options.head_dim, options.rope_theta, self.dtype)
+        return layout
 
 
 def _step(layer: Mixer, x: torch.Tensor, upstream: torch.Tensor, layout: Layout) -> Callable[[], Any]:

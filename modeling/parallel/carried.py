@@ -64,8 +64,7 @@ class _Carried(torch.autograd.Function):
 
         def enter(ends: torch.Tensor) -> torch.Tensor:
             nonlocal initial
-            added = ends if context.cu_seqlens is None else ends[context.last]
-            initial = context.initial(context.incoming(added, transfer, recurrence.apply))
+            initial = context.initial(context.incoming(context.of_last(ends), transfer, recurrence.apply))
             return initial
 
         outputs = recurrence.run(inputs, context.cu_seqlens, enter)

@@ -38,9 +38,10 @@ def all_to_all(x: torch.Tensor, axis: Axis, split: int, join: int) -> torch.Tens
 
 
 @torch.compiler.disable
-def shift(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """The rank before's tensor, a small one; zeros on the first. Backward: the gradient goes to the rank before."""
-    return torch.zeros_like(x) if axis.size == 1 else _Shift.apply(x, axis)
+def shift(x: torch.Tensor, axis: Axis, lost: torch.Tensor | None = None) -> torch.Tensor:
+    """The rank before's tensor, a small one; zeros on the first, and where `lost` is set. Backward: the gradient goes
+    to the rank before."""
+    return torch.zeros_like(x) if axis.size == 1 else _Shift.apply(x, axis, lost)
 
 
 def depend(x: torch.Tensor, collected: torch.Tensor) -> torch.Tensor:
@@ -124,17 +125,18 @@ def _exchange(x: torch.Tensor, axis: Axis, split: int, join: int) -> torch.Tenso
 
 class _Shift(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
-        ctx.axis = axis
-        return _pass_on(x, axis, 1)
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis, lost: torch.Tensor | None) -> torch.Tensor:
+        ctx.axis, ctx.lost = axis, lost
+        before = pass_on(x, axis, 1)
+        return before if lost is None else before.masked_fill_(lost, 0)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _pass_on(grad, ctx.axis, -1), None
+        return pass_on(grad if ctx.lost is None else grad.masked_fill(ctx.lost, 0), ctx.axis, -1), None, None
 
 
-def _pass_on(x: torch.Tensor, axis: Axis, step: int) -> torch.Tensor:
-    """From the rank `step` before; zeros where there is none. By a gathering of all: that costs the host less than a
+def pass_on(x: torch.Tensor, axis: Axis, step: int) -> torch.Tensor:
+    """`shift` by `step` ranks, without a gradient. By a gathering of all: that costs the host less than a
     pair of transfers, and what is passed on is small."""
     parts, source = gather_parts(x[None], axis), axis.rank - step
     return parts[source] if 0 <= source < axis.size else torch.zeros_like(parts[0])

@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from riverrun.modeling.parallel.collectives import all_gather, depend, with_end
+from riverrun.modeling.parallel.collectives import all_gather, depend, pass_on, shift, with_end
 from riverrun.modeling.parallel.mesh import Axis
 
 Apply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -243,6 +243,10 @@ class Context:
         states = leaving.new_zeros(len(self.cu_seqlens) - 1, *leaving.shape[1:])
         return states.index_copy(0, self.last, leaving)
 
+    def of_last(self, x: torch.Tensor) -> torch.Tensor:
+        """Of all pieces' (S, …) those of the rows' last ones (B, …)."""
+        return x if self.cu_seqlens is None else x.index_select(0, self.last)
+
     def takes_heads(self, heads: int, cheaper: bool) -> bool:
         """Whether a linear recurrence of that many heads is to move them, where `cheaper` says what "auto" would.
 
@@ -256,6 +260,12 @@ class Context:
             )
         return self.linear == "heads" or (self.linear == "auto" and cheaper)
 
+    def before(self, x: torch.Tensor) -> torch.Tensor:
+        """The shard before's `x` (B, …), a small one; zeros in rows that do not go on with its document."""
+        joins = self.joins[self.axis.rank]
+        lost = None if all(joins) or not self.axis.rank else self.mask([not joined for joined in joins], x)
+        return shift(x, self.axis, lost)
+
     def incoming(self, added: torch.Tensor, transfer: torch.Tensor | None, apply: Apply = torch.mul) -> torch.Tensor:
         """The states (B, …) that enter this shard, of an affine recurrence; one gathering each way.
 
@@ -264,6 +274,8 @@ class Context:
             transfer: (B, …) how such a state depends on the one before the piece: state = apply(transfer, before) +
                 added. It counts only where the piece is the whole shard, so never if `chain` is 0; None: not at all.
         """
+        if transfer is None:
+            return self.before(added)
         parts, transfers, gathered = self._gather(added, transfer)
         state = torch.zeros_like(added)
         for r in range(self.axis.rank):
@@ -278,6 +290,8 @@ class Context:
             adjoints: (B, …) of the states that enter the rows, when nothing that leaves them counts.
             transfer: (B, …) as in `incoming`, whose adjoint `apply` takes.
         """
+        if transfer is None:
+            return self.only(self.goes_on, pass_on(adjoints, self.axis, -1))
         parts, transfers, _ = self._gather(adjoints, transfer)
         state = torch.zeros_like(adjoints)
         for r in range(self.axis.size - 1, self.axis.rank, -1):
@@ -285,22 +299,17 @@ class Context:
             state = self.only(self.joins[r], state)
         return state.contiguous()
 
-    def _gather(
-        self, added: torch.Tensor, transfer: torch.Tensor | None
-    ) -> tuple[torch.Tensor, Sequence[torch.Tensor | None], torch.Tensor]:
+    def _gather(self, added: torch.Tensor, transfer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """All ranks' `added` and `transfer` (size, B, …), and the tensor that both are parts of."""
-        numbers = added[0].numel()
-        both = [added.flatten(1)] + ([transfer.flatten(1).to(added.dtype)] if transfer is not None else [])
+        numbers, both = added[0].numel(), [added.flatten(1), transfer.flatten(1).to(added.dtype)]
         gathered = all_gather(torch.cat(both, dim=1)[None], self.axis)  # (size, B, numbers of both)
         parts = gathered[..., :numbers].unflatten(-1, added.shape[1:])
-        if transfer is None:
-            return parts, [None] * self.axis.size, gathered
         return parts, gathered[..., numbers:].unflatten(-1, transfer.shape[1:]), gathered
 
     def _through(
-        self, rank: int, added: torch.Tensor, transfer: torch.Tensor | None, state: torch.Tensor, apply: Apply
+        self, rank: int, added: torch.Tensor, transfer: torch.Tensor, state: torch.Tensor, apply: Apply
     ) -> torch.Tensor:
         """A state, or an adjoint, on the other side of a shard."""
-        if transfer is None or not any(self.passes[rank]):
+        if not any(self.passes[rank]):
             return added
         return added + self.only(self.passes[rank], apply(transfer, state))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from riverrun.modeling.parallel.collectives import shift, with_end
+from riverrun.modeling.parallel.collectives import with_end
 from riverrun.modeling.parallel.context import Context
 
 
@@ -29,10 +29,10 @@ def with_inputs_before(
             "back: lower parallel.cp, or take longer rows"
         )
     wholes, ends = zip(*(with_end(x.view(B, T, -1), T - tail) for x in inputs))
-    last = torch.cat(ends, dim=-1)
+    last = torch.cat(ends, dim=-1) if len(ends) > 1 else ends[0]
     if context.cu_seqlens is not None:  # what lies before the row's last piece is another document's
         place = torch.arange(T - tail, T, device=last.device)
         last = last.where((place >= context.first_of_last[:, None])[..., None], 0)
-    before = context.only(context.joins[context.axis.rank], shift(last, context.axis))
-    befores = context.initial(before).split([x.shape[-1] for x in inputs], dim=-1)
+    before = context.initial(context.before(last))
+    befores = before.split([x.shape[-1] for x in inputs], dim=-1) if len(inputs) > 1 else [before]
     return [(whole.view(x.shape), before) for whole, x, before in zip(wholes, inputs, befores)]

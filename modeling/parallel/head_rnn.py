@@ -30,7 +30,7 @@ def context_head_rnn(context: Context, gates: torch.Tensor, weight: torch.Tensor
     state = _Receive.apply(state, gates, weight, context)
     initial = context.initial(context.only(context.joins[context.axis.rank], state))
     h, final = head_rnn(gates, weight, cell, initial_state=initial, cu_seqlens=context.cu_seqlens)
-    return _Send.apply(h, final.index_select(0, context.last), context)
+    return _Send.apply(h, context.of_last(final), context)
 
 
 class _Receive(torch.autograd.Function):

@@ -118,7 +118,7 @@ def _handed_on(context: Context, memory: "NeuralMemory", inputs: "MemoryInputs",
         lengths = context.shape[1] if context.cu_seqlens is None else context.cu_seqlens.diff()
         place = ((place + lengths) % memory.options.chunk_size)[:, None]
         flat = torch.cat([*(x.flatten(1) for x in _parts(end)), place], dim=1)
-        y = depend(y, _Send.apply(flat if context.cu_seqlens is None else flat[context.last], axis))
+        y = depend(y, _Send.apply(context.of_last(flat), axis))
     return y
 
 

@@ -51,9 +51,9 @@ def context_para_gru(
 
     def solve(gates: torch.Tensor, initial: torch.Tensor, cu_seqlens: torch.Tensor | None):
         h, final = para_gru(
-            gates, weight, bias=bias, initial_state=initial[:, 0], cu_seqlens=cu_seqlens, tolerance=tolerance
+            gates, weight, bias=bias, initial_state=initial.squeeze(1), cu_seqlens=cu_seqlens, tolerance=tolerance
         )  # fmt: skip
-        return h, final[:, None]
+        return h, final.unsqueeze(1)
 
     def slope(gates: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
         return para_gru_slope(gates, weight, bias=bias, cu_seqlens=cu_seqlens)
@@ -101,7 +101,7 @@ def _shared(
         h, final = solve(gates, context.initial(enter), context.cu_seqlens)
         if allowed is None:
             break
-        ends = context.incoming(final.detach().index_select(0, context.last), None)
+        ends = context.before(context.of_last(final.detach()))
         (gap,) = _largest(context, ends - enter.detach())
         if gap <= allowed:
             record_solve(f"{name}_over_ranks", passes, gap, True)
@@ -124,9 +124,9 @@ def _from_recent(
     cut = [end - begin > BURN_IN for begin, end in context.last_pieces]
     depends = [c or p for c, p in zip(cut, context.passes[context.axis.rank])]
     end = solve(recent, zeros, bounds)[1]
-    h, final = solve(whole, context.initial(context.incoming(end, None)), context.cu_seqlens)
+    h, final = solve(whole, context.initial(context.before(end)), context.cu_seqlens)
     A = context.only(depends, slope(recent, bounds))
-    gap = context.only(context.goes_on, (final.index_select(0, context.last) - end).detach())
+    gap = context.only(context.goes_on, (context.of_last(final) - end).detach())
     remembered, apart = _largest(context, A, gap)
     if remembered > FORGOTTEN or apart > max(tolerance, FORGOTTEN):
         return None
@@ -158,7 +158,7 @@ def _with_gradient(context: Context, solve: Solve, tail: torch.Tensor, enter: to
     start = context.only(context.passes[context.axis.rank], enter)
     _, end = solve(tail, start, context.tail_seqlens)
     if not context.chain:
-        return context.incoming(end, None)
+        return context.before(end)
     _, A = _linearise(context, solve, tail, start, steep=True)
     # slopes that overflowed carry no gradient where there is none to carry
     slope = context.incoming(end, A.nan_to_num(nan=torch.nan), _apply)
@@ -203,6 +203,7 @@ def _tame(A: torch.Tensor) -> torch.Tensor:
 
 def _largest(context: Context, *changes: torch.Tensor) -> list[float]:
     """The largest number of each, of all ranks; infinite where one is not finite."""
-    largest = torch.stack([change.abs().amax() for change in changes]).nan_to_num(torch.inf, torch.inf)
+    norms = [torch.linalg.vector_norm(change, torch.inf) for change in changes]
+    largest = torch.stack(norms).nan_to_num(torch.inf, torch.inf)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=context.axis.group)
     return largest.tolist()
