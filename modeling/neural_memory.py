@@ -166,6 +166,7 @@ class NeuralMemory(nn.Module):
             position=None if place is None else place.long(),
             cu_seqlens=cu_seqlens,
             resumable=resumable,
+            keep=self.options.keep_states,
         )
 
     def start(self, persistent: torch.Tensor | None) -> MemoryState:

@@ -17,6 +17,7 @@ from riverrun.kernels.benchmarks.linear import fla_delta, sdpa
 from riverrun.kernels.common.memory_rule import DEEP_HALF_LIFE, LINEAR_HALF_LIFE, curvature
 from riverrun.kernels.neural_memory import Gates, Rule, neural_memory
 from riverrun.kernels.neural_memory.chunked import ONLINE_CHUNK
+from riverrun.kernels.neural_memory.triton_path import Keep
 
 MOMENTUM = 0.9  # η
 HEAD = 128
@@ -96,12 +97,12 @@ def inputs(case: Case, regime: str) -> Inputs:
     return made
 
 
-def ours(backend: str) -> Callable[..., Work]:
+def ours(backend: str, keep: Keep = "root") -> Callable[..., Work]:
     def build(inputs: Inputs, case: Case, load: Load | None = None) -> Work:
         q, k, v = (inputs[name] for name in "qkv")
         gates = Gates(inputs["log_keep"], inputs["lr"], inputs["log_momentum"])
         weights = tuple(x for name, x in inputs.items() if name.startswith("weight_"))
-        options: dict[str, Any] = {"norm_weight": inputs.get("norm_weight"), "backend": backend}
+        options: dict[str, Any] = {"norm_weight": inputs.get("norm_weight"), "backend": backend, "keep": keep}
         return Work(
             lambda: neural_memory(q, k, v, weights, gates, rule=rule_of(case), **options)[0], tuple(inputs.values())
         )
@@ -152,8 +153,11 @@ def attention(case: Case) -> Contender:
 
 def contenders(case: Case) -> list[Contender]:
     form, chunk = FORMS[case.variant], peer_chunk(case)
-    found = [
-        Contender("riverrun auto", ours("auto")),
+    found = [Contender("riverrun auto", ours("auto"))]
+    if form.expand and not form.rule.gated:
+        note = "the states of all chunks are kept for the backward pass"
+        found.append(Contender("riverrun all states", ours("auto", keep="all"), note, needs_cuda=True))
+    found += [
         Contender("riverrun chunked torch", ours("chunked")),
         Contender(
             "fla",

@@ -4,6 +4,7 @@ Titans (arXiv 2501.00663), Miras (2504.13173) and ATLAS (2505.23735) are setting
 """
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 
@@ -13,7 +14,7 @@ from riverrun.kernels.neural_memory.chunked import neural_memory_chunked, write_
 from riverrun.kernels.neural_memory.network import read, weights_of
 from riverrun.kernels.neural_memory.reference import neural_memory_reference
 from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Weights, fresh_state
-from riverrun.kernels.neural_memory.triton_path import kind_of, neural_memory_triton
+from riverrun.kernels.neural_memory.triton_path import Keep, kind_of, neural_memory_triton
 
 __all__ = ["Gates", "MemoryState", "Rule", "fresh_state", "neural_memory", "read_memory", "write_memory"]
 
@@ -33,6 +34,7 @@ def neural_memory(
     position: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     resumable: bool = True,
+    keep: Keep = "root",
     backend: str = "auto",
 ) -> tuple[torch.Tensor, MemoryState]:
     """Each token takes a step down the gradient of ℓ(f(k), v) in the weights of f, and reads f(q).
@@ -58,6 +60,10 @@ def neural_memory(
         cu_seqlens: (N + 1,) integers rising from 0 to T: the bounds of documents packed into a batch of one row.
         resumable: whether a later call is to go on from the returned state; else its `anchor` says nothing. Triton's
             kernels for chunks of more than one token need to know: of packed documents they leave no such state.
+        keep: the states that a backward pass finds: "root", those before every √n-th of a sequence's n chunks, the rest
+            computed again; "all", every chunk's, in the type of the inputs: none is computed again, for about
+            H · P · F (K + V) numbers a chunk more memory until the backward pass, F the hidden channels and P 2 with a
+            momentum, else 1. Only the Triton kernels of two layers take heed of it: other forms keep what they keep.
         backend: "auto", "reference", "chunked" or "triton" (see `resolve_backend`). Triton has linear memories and
             those of two layers, with an ℓ2 loss and gates of heads or layers, in chunks of 16 to 64 tokens, or online;
             and gated ones without norm or residual that are read at the starts of chunks of at least their width.
@@ -68,8 +74,10 @@ def neural_memory(
 
     Raises:
         ValueError: an argument of the wrong shape or one that the rule misses or does not know, a rule that contradicts
-            itself, bad `cu_seqlens`, or a backend that there is not.
+            itself, bad `cu_seqlens`, or a `keep` or a backend that there is not.
     """
+    if keep not in get_args(Keep):
+        raise ValueError(f"neural_memory: keep must be 'root' or 'all', got {keep!r}")
     layers = tuple(gates for _ in weights) if isinstance(gates, Gates) else tuple(gates)
     _check(q, k, v, weights, layers, rule, norm_weight, delta, gamma, initial_state, position, cu_seqlens)
     goes_on = position is not None and rule.chunk_size > 1  # maybe in the middle of a chunk, where kernels do not begin
@@ -91,7 +99,7 @@ def neural_memory(
             weights = tuple(w.to(torch.promote_types(q.dtype, torch.float32)) for w in weights)
             initial_state = fresh_state(weights, sequences, rule, momentum, v.shape[-1])
         if chosen == "triton":
-            return neural_memory_triton(q, k, v, initial_state, layers, rule, norm_weight, cu_seqlens, resumable)
+            return neural_memory_triton(q, k, v, initial_state, layers, rule, norm_weight, cu_seqlens, resumable, keep)
         # a single token is a chunk of its own, sooner than a step of the loop, which asks autograd for its gradient
         run = neural_memory_reference if backend == "reference" else neural_memory_chunked
         return run(q, k, v, initial_state, layers, rule, norm_weight, delta, gamma, position, cu_seqlens)

@@ -4,11 +4,12 @@ Forward: step by step over the chunks of all sequences. For a backward pass it k
 g about the root of the number of chunks, and what was read before the norm.
 Backward: for each group of g chunks, from the last to the first, the same steps make the states before its chunks
 again, and others go back over them.
+
+Or the forward keeps the states before all chunks, and U and δ₂ with them: then the backward only goes back.
 """
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from riverrun.kernels.neural_memory.triton_mlp_backward import (
 )
 from riverrun.kernels.neural_memory.triton_mlp_forward import enter_kernel, error_kernel, step_kernel
 from riverrun.kernels.neural_memory.triton_mlp_launch import Launch, as_kernels_take, pack, unpack
-from riverrun.kernels.neural_memory.triton_path import MLP_CHUNKS, MLP_MOST_HIDDEN
+from riverrun.kernels.neural_memory.triton_path import MLP_CHUNKS, MLP_MOST_HIDDEN, Keep
 
 Tensors = Sequence[torch.Tensor]
 SIZES = (32, 64, 96, 128)  # of keys and values; `triton_path.py` leaves out what was seen to go wrong on a GPU
@@ -44,33 +45,67 @@ def walk(
     cu_seqlens: torch.Tensor | None,
     silu: bool,
     residual: bool,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """→ o (B, T, H, V), the final state (S, H, P, F (K + V)); and what a backward pass needs, or if not `save` nothing:
-    what was read before a norm (B, T, H, V), and states (M // g, H, P, F (K + V))."""
-    launch = Launch.of(k, v, gates[1], norm_weight, initial, cu_seqlens, silu, residual)
+    save: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """→ o (B, T, H, V), the final state (S, H, P, F (K + V)); and what a backward pass needs (`Launch.to_save`)."""
+    launch = Launch.of(k, v, gates[1], norm_weight, initial, cu_seqlens, silu, residual, save)
     o, state, nothing = torch.empty_like(v), initial.clone(), gates[0]
-    before_norm = torch.empty_like(v) if save and norm_weight is not None else v.new_empty(0)
-    checkpoints = initial.new_empty(launch.num_checkpoints if save else 0, *initial.shape[1:])
-    if not save:
-        launch = replace(launch, keep=launch.longest + 1)
-    C, V = gates[1].shape[-1], v.shape[-1]
-    d2, partial_u, partial_u_q = launch.room(v, C, V), *(launch.room(initial, launch.tiles, C, V) for _ in range(2))
-    gain, saved = nothing if norm_weight is None else norm_weight, checkpoints if save else nothing
-    enter = launch.of_chunk(enter_kernel, launch.tiles, k, saved, state, partial_u)
+    saved, C, V = launch.to_save(v, norm_weight, initial), gates[1].shape[-1], v.shape[-1]
+    before_norm, states, u, d2 = (x if x.numel() else nothing for x in saved)
+    if save == "all":
+        checkpoints, kept = nothing, states
+    else:
+        checkpoints, kept, d2 = states, nothing, launch.room(v, C, V)
+    partial_u, partial_u_q = (launch.room(initial, launch.tiles, C, V) for _ in range(2))
+    gain = nothing if norm_weight is None else norm_weight
+    enter = launch.of_chunk(enter_kernel, launch.tiles, k, checkpoints, state, partial_u)
     error = launch.of_chunk(
-        error_kernel, launch.blocks, q, k, v, gain, partial_u, partial_u_q, o,
-        before_norm if before_norm.numel() else nothing, nothing, d2, SAVE=save, AGAIN=False,
+        error_kernel, launch.blocks, q, k, v, gain, partial_u, partial_u_q, o, before_norm, u, d2,
+        SAVE=save != "nothing", AGAIN=False,
     )  # fmt: skip
     step = launch.of_chunk(
-        step_kernel, launch.tiles, q, k, *gates, d2, saved, state, nothing, partial_u, partial_u_q, AGAIN=False
+        step_kernel, launch.tiles, q, k, *gates, d2, checkpoints, state, kept, partial_u, partial_u_q, AGAIN=False
     )
     enter(0)
     for number in range(launch.longest):
         error(number)
         step(number)
     error(launch.longest)
-    return o, state, before_norm, checkpoints
+    return o, state, *saved
+
+
+def _again(
+    launch: Launch,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gates: Tensors,
+    gain: torch.Tensor,
+    initial: torch.Tensor,
+    checkpoints: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Callable[[int], None]]:
+    """→ room for a group's states (S, H, g, P, F (K + V)), U and δ₂ (S, H, g, C, V); and what makes them again, of the
+    group that begins with a given chunk."""
+    keep, C, V, nothing = launch.keep, gates[1].shape[-1], v.shape[-1], gates[0]
+    state, partial_u = torch.empty_like(initial), launch.room(initial, launch.tiles, C, V)
+    kept, u, d2 = launch.room(k, keep, *initial.shape[2:]), launch.room(initial, keep, C, V), launch.room(k, keep, C, V)
+    enter = launch.of_chunk(enter_kernel, launch.tiles, k, checkpoints, state, partial_u)
+    error = launch.of_chunk(
+        error_kernel, launch.blocks, q, k, v, gain, partial_u, nothing, nothing, nothing, u, d2, SAVE=False, AGAIN=True
+    )
+    step = launch.of_chunk(
+        step_kernel, launch.tiles, q, k, *gates, d2, checkpoints, state, kept, partial_u, nothing, AGAIN=True
+    )
+
+    def make(group: int) -> None:
+        if group == 0:
+            state.copy_(initial)
+        enter(group)
+        for number in range(launch.longest)[group : group + keep]:
+            error(number)
+            step(number)
+
+    return kept, u, d2, make
 
 
 def walk_back(
@@ -83,16 +118,18 @@ def walk_back(
     norm_weight: torch.Tensor | None,
     initial: torch.Tensor,
     before_norm: torch.Tensor,
-    checkpoints: torch.Tensor,
+    states: torch.Tensor,
+    u: torch.Tensor,
+    d2: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     silu: bool,
     residual: bool,
+    save: str,
 ) -> list[torch.Tensor]:
     """→ the gradients of q, k, v, the eight gates, norm_weight (H, V) (zeros without one) and the initial state."""
-    launch = Launch.of(k, v, gates[1], norm_weight, initial, cu_seqlens, silu, residual)
+    launch = Launch.of(k, v, gates[1], norm_weight, initial, cu_seqlens, silu, residual, save)
     (M, H, P, C), ends, (F, K, V) = gates[0].shape, gates[2].shape[-1], (launch.options[name] for name in "FKV")
-    keep, tiles, nothing = launch.keep, launch.tiles, gates[0]
-    gain = nothing if norm_weight is None else norm_weight
+    tiles, gain = launch.tiles, gates[0] if norm_weight is None else norm_weight
     # of packed documents there may be fewer chunks than places for them
     make = partial(torch.zeros if launch.chunks.packed else torch.empty, dtype=torch.float32, device=q.device)
     by_gain = initial.new_zeros(M, H, launch.blocks, V)
@@ -105,22 +142,17 @@ def walk_back(
             H=H, V=V, C=C, WV=launch.options["WV"], PACKED=launch.chunks.packed,
         )  # fmt: skip
 
-    state, adjoint = torch.empty_like(initial), torch.zeros_like(initial) if grad_final is None else grad_final.clone()
-    kept, passed = launch.room(k, keep, *initial.shape[2:]), launch.room(k, 7, F, C)
-    u, d2, by_u = launch.room(initial, keep, C, V), launch.room(k, keep, C, V), launch.room(k, C, V)
-    partial_u, partial_d2, partial_q, partial_k, *partial_weights = (
-        launch.room(initial, tiles, C, size) for size in (V, V, K, K, C, C)
+    kept, make_again = states, None
+    if save == "root":
+        kept, u, d2, make_again = _again(launch, q, k, v, gates, gain, initial, states)
+    adjoint = torch.zeros_like(initial) if grad_final is None else grad_final.clone()
+    passed, by_u = launch.room(k, 7, F, C), launch.room(k, C, V)
+    partial_d2, partial_q, partial_k, *partial_weights = (
+        launch.room(initial, tiles, C, size) for size in (V, K, K, C, C)
     )
     by_q, by_k, by_v = (torch.empty_like(x) for x in (q, k, v))
     shapes = (M, H, tiles, P, C), (M, H, C, C), (M, H, tiles, ends), (M, H, tiles, P, C)
     by_gates = reads1, weight1, ends1, writes1, reads2, weight2, ends2, writes2 = [make(shape) for shape in shapes * 2]
-    enter = launch.of_chunk(enter_kernel, tiles, k, checkpoints, state, partial_u)
-    error = launch.of_chunk(
-        error_kernel, launch.blocks, q, k, v, gain, partial_u, nothing, nothing, nothing, u, d2, SAVE=False, AGAIN=True
-    )
-    step = launch.of_chunk(
-        step_kernel, tiles, q, k, *gates, d2, checkpoints, state, kept, partial_u, nothing, AGAIN=True
-    )
     reads = launch.of_chunk(
         reads_kernel, tiles, q, k, *gates[:2], *gates[3:6], gates[7], kept, d2, by_u_q, adjoint, passed, partial_d2,
         partial_weights[1], reads2, writes1, writes2,
@@ -135,14 +167,10 @@ def walk_back(
     )  # fmt: skip
 
     chunks = range(launch.longest)
-    for group in reversed(range(0, launch.longest, keep)):
-        if group == 0:
-            state.copy_(initial)
-        enter(group)
-        for number in chunks[group : group + keep]:
-            error(number)
-            step(number)
-        for number in reversed(chunks[group : group + keep]):
+    for group in reversed(chunks[:: launch.keep]):
+        if make_again is not None:
+            make_again(group)
+        for number in reversed(chunks[group : group + launch.keep]):
             reads(number)
             error_gradients(number)
             update(number)
@@ -160,9 +188,12 @@ def check(
     packed: bool,
     silu: bool,
     residual: bool,
+    save: str,
     back: bool,
 ) -> None:
-    """The self-check of the forward kernels for such tensors, or of the backward ones."""
+    """The self-check of the forward kernels for such tensors, or of the backward ones. Those that save nothing are the
+    ones that save "root", but for what they leave out."""
+    save = "all" if save == "all" else "root"
     dtype, device, (H, K), V = q.dtype, q.device, q.shape[2:], v.shape[-1]
     F, P, C, norm = initial.shape[-1] // (K + V), initial.shape[2], weight.shape[-1], norm_weight is not None
     rule = Rule(chunk_size=C, activation="silu" if silu else "gelu", residual=residual)
@@ -197,17 +228,18 @@ def check(
             of_chunks = [as_kernels_take(triton_gates(layer, C, bounds), "after") for layer in gates]
             prepared = [*leaves[:3], *of_chunks[0], *of_chunks[1], pack(weights, momentum, P)]
         q, k, v, *rest, initial = (x.detach() for x in prepared)
-        gain, options = inputs[-1] if norm else None, (bounds, silu, residual)
-        o, final, before_norm, checkpoints = walk(q, k, v, rest, gain, initial, *options, save=True)
+        gain, options = inputs[-1] if norm else None, (bounds, silu, residual, save)
+        o, final, before_norm, states, u, d2 = walk(q, k, v, rest, gain, initial, *options)
         if not back:
             return deviation([o, *itertools.chain(*unpack(final, K, V))], in_double(chunked, inputs, None))
-        saved = before_norm, checkpoints, *options
+        saved = before_norm, states, u, d2, *options
         *grads, by_gain, by_initial = walk_back(upstream, None, q, k, v, rest, gain, initial, *saved)
         got = list(torch.autograd.grad(prepared, leaves[: len(leaves) - norm], [*grads, by_initial]))
         return deviation(got + [by_gain] * norm, in_double(chunked, inputs, upstream)[1 + 2 * P :])
 
     sizes: dict[str, object] = {"H": H, "K": K, "F": F, "V": V, "chunk": C, "momentum": P == 2, "norm": norm}
-    sizes |= {"residual": residual, "silu": silu, "packed": packed, "gradients": back, "dtype": dtype}
+    sizes |= {"residual": residual, "silu": silu, "packed": packed, "dtype": dtype}
+    sizes |= {"states": save, "gradients": back}
     check_once("neural_memory_mlp", sizes, device, compare, 1e-4 if dtype == torch.float32 else 5e-2)
 
 
@@ -229,20 +261,18 @@ def _forward(
     cu_seqlens: torch.Tensor | None,
     silu: bool,
     residual: bool,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    save: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if is_due(q):
-        check(q, v, weight1, norm_weight, initial, cu_seqlens is not None, silu, residual, back=False)
+        check(q, v, weight1, norm_weight, initial, cu_seqlens is not None, silu, residual, save, back=False)
     gates = (reads1, weight1, ends1, writes1, reads2, weight2, ends2, writes2)
     return walk(q, k, v, gates, norm_weight, initial, cu_seqlens, silu, residual, save)
 
 
 @_forward.register_fake
 def _(q, k, v, r1, weight, e1, w1, r2, g2, e2, w2, norm_weight, initial, cu_seqlens, silu, residual, save):
-    launch = Launch.of(k, v, weight, norm_weight, initial, cu_seqlens, silu, residual)
-    before_norm = torch.empty_like(v) if save and norm_weight is not None else v.new_empty(0)
-    checkpoints = initial.new_empty(launch.num_checkpoints if save else 0, *initial.shape[1:])
-    return torch.empty_like(v), torch.empty_like(initial), before_norm, checkpoints
+    launch = Launch.of(k, v, weight, norm_weight, initial, cu_seqlens, silu, residual, save)
+    return torch.empty_like(v), torch.empty_like(initial), *launch.to_save(v, norm_weight, initial)
 
 
 @operator("neural_memory_mlp_triton_backward")
@@ -263,16 +293,19 @@ def _backward(
     norm_weight: torch.Tensor | None,
     initial: torch.Tensor,
     before_norm: torch.Tensor,
-    checkpoints: torch.Tensor,
+    states: torch.Tensor,
+    u: torch.Tensor,
+    d2: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     silu: bool,
     residual: bool,
+    save: str,
 ) -> list[torch.Tensor]:
     if is_due(q):
-        check(q, v, weight1, norm_weight, initial, cu_seqlens is not None, silu, residual, back=True)
+        check(q, v, weight1, norm_weight, initial, cu_seqlens is not None, silu, residual, save, back=True)
     gates = (reads1, weight1, ends1, writes1, reads2, weight2, ends2, writes2)
-    saved = before_norm, checkpoints
-    return walk_back(grad_o, grad_final, q, k, v, gates, norm_weight, initial, *saved, cu_seqlens, silu, residual)
+    saved, options = (before_norm, states, u, d2), (cu_seqlens, silu, residual, save)
+    return walk_back(grad_o, grad_final, q, k, v, gates, norm_weight, initial, *saved, *options)
 
 
 @_backward.register_fake
@@ -282,20 +315,19 @@ def _(grad_o, grad_final, q, k, v, r1, g1, e1, w1, r2, g2, e2, w2, norm_weight, 
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, cu_seqlens, ctx.silu, ctx.residual, save = inputs
-    assert save, "what a backward pass needs was not kept"
+    *tensors, cu_seqlens, silu, residual, save = inputs
+    assert save != "nothing", "what a backward pass needs was not kept"
+    ctx.options = silu, residual, save
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[2:], cu_seqlens)
 
 
 def _gradient(ctx: Any, grad_o: torch.Tensor | None, grad_final: torch.Tensor | None, *unused: Any) -> tuple[Any, ...]:
-    *tensors, before_norm, checkpoints, cu_seqlens = ctx.saved_tensors
+    *tensors, cu_seqlens = ctx.saved_tensors
     v, norm_weight = tensors[2], tensors[11]
     grad_o = torch.zeros_like(v) if grad_o is None else grad_o.contiguous()
     grad_final = None if grad_final is None else grad_final.contiguous()
-    *grads, by_norm, by_initial = _backward(
-        grad_o, grad_final, *tensors, before_norm, checkpoints, cu_seqlens, ctx.silu, ctx.residual
-    )
+    *grads, by_norm, by_initial = _backward(grad_o, grad_final, *tensors, cu_seqlens, *ctx.options)
     by_norm = None if norm_weight is None else by_norm.to(norm_weight.dtype)
     return *grads, by_norm, by_initial, None, None, None, None
 
@@ -317,6 +349,7 @@ def mlp_memory_triton(
     activation: Literal["gelu", "silu"],
     residual: bool,
     read: Literal["after", "before"],
+    keep: Keep = "root",
 ) -> tuple[torch.Tensor, Weights, Weights | None]:
     """A memory of two layers whose gradients are taken at the weights before each chunk's first token.
 
@@ -331,6 +364,7 @@ def mlp_memory_triton(
             for them.
         chunk_size: 16, 32 or 64.
         read: a token reads the memory "after" it has written to it, or "before".
+        keep: the states that a backward pass finds: "root", those before every √n-th chunk, or "all".
 
     Returns:
         o (B, T, H, V) in the dtype of q, the final weights and, with momentum, the final momentum, in float32.
@@ -351,7 +385,8 @@ def mlp_memory_triton(
     q, k, v = (x.to(q.dtype).contiguous() for x in (q, k, v))
     state = pack(initial, initial_momentum, 1 if gates[0].carry is None else 2)
     tensors = (q, k, v, *first, *second, None if norm_weight is None else norm_weight.contiguous(), state)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    save = keep if wanted else "nothing"
     o, final, *_ = _forward(*tensors, cu_seqlens, activation == "silu", residual, save)
     weights, *momentum = unpack(final, K, V)
     return o, weights, momentum[0] if momentum else None

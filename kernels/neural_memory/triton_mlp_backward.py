@@ -42,6 +42,7 @@ from riverrun.kernels.neural_memory.triton_mlp_tiles import (
     multiply,
     scores,
     settle,
+    slot_of,
     store_tile,
     store_tokens,
     through_norm,
@@ -85,8 +86,8 @@ def reads_kernel(
     q,
     k,
     reads1, weight1, writes1, reads2, weight2, writes2,  # all gates as in `step_kernel`
-    kept,  # (S, H, keep, P, F (K + V)): the states before the group's chunks, in the type of k
-    errors,  # (S, H, keep, C, V): δ₂
+    kept,  # (S, H, keep, P, F (K + V)): the states before the group's chunks, or ALL, (M, H, …), in the type of k
+    errors,  # (S, H, keep, C, V) or (M, H, C, V): δ₂
     grad_u_q,  # (B, T, H, V)
     adjoint,  # (S, H, P, F (K + V)) float32: ∂W', ∂S'
     passed,  # (S, H, 7, F, C)
@@ -98,7 +99,7 @@ def reads_kernel(
     cu_seqlens, first, T, keep, number,
     H: tl.constexpr, K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
     WK: tl.constexpr, WV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
+    RESIDUAL: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = k.dtype.element_ty
     MOMENTUM: tl.constexpr = F * (K + V)
@@ -109,7 +110,7 @@ def reads_kernel(
         token, row = begin * H + place % H, tl.arange(0, C)
         key, query, by_u_q = k + token * K, q + token * K, grad_u_q + token * V
         transposed = row[None, :] * C + row[:, None]
-        slot, at_rows = program * keep + number % keep, place * (P * C)
+        slot, at_rows = slot_of(program, place, number, keep, ALL), place * (P * C)
         at_tile, at_grads = program * TILES + i // BF, (place * TILES + i // BF) * (P * C)
         kept += slot * (P * MOMENTUM)
         adjoint += program * (P * MOMENTUM)
@@ -181,7 +182,7 @@ def error_gradients_kernel(
     k,
     v,
     norm_weight,
-    u,  # (S, H, keep, C, V) float32
+    u,  # (S, H, keep, C, V) or (M, H, C, V) float32
     partial_d2,  # (S, H, F // BF, C, ·) float32
     partial_q,
     partial_k,
@@ -197,7 +198,7 @@ def error_gradients_kernel(
     cu_seqlens, first, T, keep, number,
     H: tl.constexpr, K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
     WK: tl.constexpr, WV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
+    RESIDUAL: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """∂U, ∂V and ∂G₂ of a chunk; ∂Q, ∂K and ∂G₁ of the one behind it."""
     BLOCKS: tl.constexpr = C // TOKENS
@@ -221,7 +222,8 @@ def error_gradients_kernel(
         at, left = (begin + token) * H + place % H, left - token
         x, y = load_tokens(k + at * K, left, H * K, K, WK, TOKENS), load_tokens(v + at * V, left, H * V, V, WV, TOKENS)
         gain = load_gain(norm_weight, program % H, V, WV, NORM)
-        value = load_tokens(u + ((program * keep + number % keep) * C + token) * V, TOKENS, V, V, WV, TOKENS)
+        slot = slot_of(program, place, number, keep, ALL)
+        value = load_tokens(u + (slot * C + token) * V, TOKENS, V, V, WV, TOKENS)
         by_d2 = load_sum(partial_d2 + at_partial * V, C * V, V, WV, TILES)
         by_e, by_u, of_gain = error_gradients(by_d2, value, x, y, gain, V, WV, NORM, RESIDUAL)
         store_tokens(grad_v + at * V, -by_e, left, H * V, V, WV, TOKENS)
@@ -279,7 +281,7 @@ def update_kernel(
     cu_seqlens, first, T, keep, number,
     H: tl.constexpr, K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
     WK: tl.constexpr, WV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
+    RESIDUAL: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = k.dtype.element_ty
     MOMENTUM: tl.constexpr = F * (K + V)
@@ -291,7 +293,7 @@ def update_kernel(
         token, row = begin * H + place % H, tl.arange(0, C)
         key, query, by_u_q = k + token * K, q + token * K, grad_u_q + token * V
         transposed = row[None, :] * C + row[:, None]
-        slot, at_rows = program * keep + number % keep, place * (P * C)
+        slot, at_rows = slot_of(program, place, number, keep, ALL), place * (P * C)
         at_tile, at_grads = program * TILES + i // BF, place * TILES + i // BF
         kept += slot * (P * MOMENTUM)
         adjoint += program * (P * MOMENTUM)

@@ -1,4 +1,5 @@
-"""The steps over a sequence's chunks: outputs, or, for a backward pass, the states at the chunks' starts.
+"""The steps over a sequence's chunks: outputs, or, for a backward pass, the states at the chunks' starts; or both at
+once, where ALL states are kept.
 
 With W and S at the chunk's start, all other matrices a column a token (`gates.py` has β, f, G, N and m; ₗ is the layer)
 
@@ -30,6 +31,7 @@ from riverrun.kernels.neural_memory.triton_mlp_tiles import (
     multiply,
     scores,
     settle,
+    slot_of,
     store_tile,
     store_tokens,
     unit,
@@ -56,7 +58,7 @@ def enter_kernel(
     cu_seqlens, first, T, keep, number,
     H: tl.constexpr, K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
     WK: tl.constexpr, WV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
+    RESIDUAL: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """The shares of U of a chunk whose state no step has made."""
     dtype: tl.constexpr = k.dtype.element_ty
@@ -81,12 +83,12 @@ def error_kernel(
     partial_u_q,
     o,  # (B, T, H, V)
     before_norm,  # (B, T, H, V): U_q
-    u,  # (S, H, keep, C, V) float32
-    errors,  # (S, H, 1 or keep, C, V): δ₂
+    u,  # (S, H, keep, C, V), of ALL chunks (M, H, C, V), float32
+    errors,  # (S, H, 1 or keep, C, V), of ALL chunks (M, H, C, V): δ₂
     cu_seqlens, first, T, keep, number,
     H: tl.constexpr, K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
     WK: tl.constexpr, WV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
+    RESIDUAL: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr, ALL: tl.constexpr,
     SAVE: tl.constexpr,  # U_q, for a backward pass
     AGAIN: tl.constexpr,  # for a backward pass: U and δ₂ of a group of chunks, and no outputs
 ):  # fmt: skip
@@ -115,8 +117,8 @@ def error_kernel(
         y = load_tokens(v + at * V, left, H * V, V, WV, TOKENS)
         whole = load_sum(partial_u + at_partial, C * V, V, WV, F // BF)
         slot = program
-        if AGAIN:
-            slot = program * keep + number % keep
+        if AGAIN or ALL:
+            slot = slot_of(program, place, number, keep, ALL)
             store_tokens(u + (slot * C + token) * V, whole, TOKENS, V, V, WV, TOKENS)
         d2 = error(whole, x, y, gain, V, WV, NORM, RESIDUAL)
         store_tokens(errors + (slot * C + token) * V, d2, TOKENS, V, V, WV, TOKENS)
@@ -125,17 +127,17 @@ def error_kernel(
 @triton.jit
 def _learn(
     source, target, kept, i, at, x, written, pushed, ends, MOMENTUM: tl.constexpr, WIDTH: tl.constexpr,
-    BW: tl.constexpr, P: tl.constexpr, BF: tl.constexpr, AGAIN: tl.constexpr,
+    BW: tl.constexpr, P: tl.constexpr, BF: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """Write what a chunk makes of columns of a layer's tile, from x (BW, C), and return its weights. MOMENTUM: how far
-    behind the weights that lies."""
+    behind the weights that lies. KEPT: write what was there to `kept`."""
     tile = load_tile(source, i, at, WIDTH, BW, BF)
-    if AGAIN:
+    if KEPT:
         store_tile(kept, tile, i, at, WIDTH, BW, BF)
     tile *= tl.load(ends)
     if P == 2:
         moved = load_tile(source + MOMENTUM, i, at, WIDTH, BW, BF)
-        if AGAIN:
+        if KEPT:
             store_tile(kept + MOMENTUM, moved, i, at, WIDTH, BW, BF)
         tile += moved * tl.load(ends + 1)
         moved = multiply(pushed, tl.trans(x), x.dtype, moved * tl.load(ends + 2))
@@ -159,16 +161,16 @@ def step_kernel(
     weight2,
     ends2,
     writes2,
-    errors,  # (S, H, 1 or keep, C, V): δ₂
+    errors,  # δ₂
     checkpoints,  # (M // keep, H, P, F (K + V)): the states before every keep-th chunk of a sequence but its first
     state,  # (S, H, P, F (K + V)) float32: all others
-    kept,  # (S, H, keep, P, F (K + V)): those before the chunks of a group, in the type of k
+    kept,  # (S, H, keep, P, F (K + V)): those before a group's chunks, or ALL, (M, H, P, F (K + V)), in the type of k
     partial_u,  # (S, H, F // BF, C, V) float32
     partial_u_q,
     cu_seqlens, first, T, keep, number,
     H: tl.constexpr, K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
     WK: tl.constexpr, WV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
+    RESIDUAL: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr, ALL: tl.constexpr,
     AGAIN: tl.constexpr,  # for a backward pass: no U_q, but what is `kept`, and all states but the first in `state`
 ):  # fmt: skip
     """The shares of U_q, the state after a chunk, and its shares of the next one's U."""
@@ -177,13 +179,14 @@ def step_kernel(
     MOMENTUM: tl.constexpr = F * (K + V)
     TILES: tl.constexpr = F // BF
     ENDS: tl.constexpr = 1 if P == 1 else 3
+    KEPT: tl.constexpr = AGAIN or ALL
     program, i = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(0) % TILES * BF
     begin, left, place = locate(program, number, cu_seqlens, first, T, H, C, PACKED)
     if left > 0:
         source, target = _before(checkpoints, state, program, place, number, keep, H, BLOCK), state + program * BLOCK
         slot = program
-        if AGAIN:
-            slot = program * keep + number % keep
+        if KEPT:
+            slot = slot_of(program, place, number, keep, ALL)
             kept += slot * BLOCK
         elif left > C:
             target = _before(checkpoints, state, program, place + H, number + 1, keep, H, BLOCK)
@@ -214,7 +217,7 @@ def step_kernel(
         for at in tl.range(0, K, BK, disable_licm=True):
             x = load_tokens(key + at, left, H * K, K - at, BK, C)
             tile = _learn(
-                source, target, kept, i, at, x, written, pushed, ends1 + place * ENDS, MOMENTUM, K, BK, P, BF, AGAIN
+                source, target, kept, i, at, x, written, pushed, ends1 + place * ENDS, MOMENTUM, K, BK, P, BF, KEPT
             )
             z = multiply(tile, load_tokens(key + C * H * K + at, left - C, H * K, K - at, BK, C), dtype, z)
         hidden_next, _, _ = activation(z, SILU)
@@ -230,7 +233,7 @@ def step_kernel(
                 store_tokens(partial_u_q + at_partial + at, u_q, C, V, V - at, BV, C)
             tile = _learn(
                 source + F * K, target + F * K, kept + F * K, i, at, d2, written, pushed, ends2 + place * ENDS,
-                MOMENTUM, V, BV, P, BF, AGAIN,
+                MOMENTUM, V, BV, P, BF, KEPT,
             )  # fmt: skip
             u = multiply(tl.trans(tile), hidden_next, dtype)
             store_tokens(partial_u + at_partial + at, u, C, V, V - at, BV, C)

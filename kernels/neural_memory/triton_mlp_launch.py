@@ -18,14 +18,19 @@ from riverrun.kernels.neural_memory.triton_mlp_tiles import TOKENS
 TILES = {2: (64, 4), 4: (32, 4)}
 COLUMNS = 64  # of W₁ᵀ and W₂ that a program holds at a time, at most
 
+Saved = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Launch:
     """How the work on k (B, T, H, K), v (B, T, H, V) and a state (S, H, P, F (K + V)) is cut into chunks of C tokens.
 
     Attributes:
+        save: the states that a backward pass finds: "root", those before groups of chunks but the first; "all", every
+            chunk's; or "nothing".
         keep: g, chunks of a group, whose first state is kept for a backward pass. Sequences of average length have as
-            many groups, so that what is kept is as large as what one group needs when it is recomputed.
+            many groups, so that what is kept is as large as what one group needs when it is recomputed. Where no
+            group's state is kept, all chunks are one.
         longest: chunks of the longest sequence that there may be.
         tiles: of a head's hidden channels.
         blocks: of a chunk's tokens.
@@ -33,6 +38,7 @@ class Launch:
 
     T: int
     chunks: Chunks
+    save: str
     keep: int
     longest: int
     tiles: int
@@ -50,22 +56,37 @@ class Launch:
         cu_seqlens: torch.Tensor | None,
         silu: bool,
         residual: bool,
+        save: str,
     ) -> "Launch":
         """`weight` is a layer's G (M, H, C, C)."""
         (_, T, H, K), V, C, (P, size) = k.shape, v.shape[-1], weight.shape[-1], state.shape[2:]
         F, chunks, (most, warps) = size // (K + V), cut(k, C, cu_seqlens), TILES[k.element_size()]
-        keep, BF = isqrt(ceil_div(chunks.num_chunks, chunks.num_sequences) - 1) + 1, min(most, F & -F)
+        root, longest = isqrt(ceil_div(chunks.num_chunks, chunks.num_sequences) - 1) + 1, ceil_div(T, C)
+        keep, BF = root if save == "root" else longest + 1, min(most, F & -F)
         options = {"H": H, "K": K, "F": F, "V": V, "C": C, "P": P}
         WK, WV = power_of_2_from(K), power_of_2_from(V)
         options |= {"WK": WK, "WV": WV, "BK": min(WK, COLUMNS), "BV": min(WV, COLUMNS), "BF": BF}
         options |= {"NORM": norm_weight is not None, "RESIDUAL": residual, "SILU": silu, "PACKED": chunks.packed}
+        options |= {"ALL": save == "all"}
         options |= {"num_warps": warps, "num_stages": 1}
-        return cls(T, chunks, keep, ceil_div(T, C), F // BF, C // TOKENS.value, options)
+        return cls(T, chunks, save, keep, longest, F // BF, C // TOKENS.value, options)
 
     @property
     def num_checkpoints(self) -> int:
         """At most: every sequence has one less than groups."""
         return self.chunks.num_chunks // self.keep
+
+    def to_save(self, v: torch.Tensor, norm_weight: torch.Tensor | None, state: torch.Tensor) -> Saved:
+        """Room for what a backward pass finds, or of no numbers: what was read before a norm (B, T, H, V); states
+        (·, H, P, F (K + V)), of groups in the type of `state`, or of all chunks in that of v; and of all chunks U in
+        the one type and δ₂ in the other (M, H, C, V)."""
+        M, (H, C, V) = self.chunks.num_chunks, (self.options[name] for name in "HCV")
+        has_norm = self.save != "nothing" and norm_weight is not None
+        before_norm = torch.empty_like(v) if has_norm else v.new_empty(0)
+        if self.save == "all":
+            return before_norm, v.new_empty(M, *state.shape[1:]), state.new_empty(M, H, C, V), v.new_empty(M, H, C, V)
+        checkpoints = state.new_empty(self.num_checkpoints if self.save == "root" else 0, *state.shape[1:])
+        return before_norm, checkpoints, state.new_empty(0), v.new_empty(0)
 
     def of_chunk(self, kernel: Any, shares: int, *tensors: torch.Tensor, **options: bool) -> Callable[[int], Any]:
         """What starts a kernel on all sequences' chunks of a given number, `shares` programs a sequence and head."""

@@ -30,6 +30,16 @@ def locate(program, number, cu_seqlens, first, T, H: tl.constexpr, C: tl.constex
 
 
 @triton.jit
+def slot_of(program, place, number, keep, ALL: tl.constexpr):
+    """Where what a backward pass goes by lies of a chunk: among those of ALL chunks (M, H, …), or of its group's
+    (S, H, keep, …)."""
+    if ALL:
+        return place
+    else:
+        return program * keep + number % keep
+
+
+@triton.jit
 def multiply(a, b, dtype: tl.constexpr, acc=None):
     """a b (+ acc) of operands that are rounded to `dtype`."""
     return dot(a.to(dtype), b.to(dtype), acc)

@@ -11,6 +11,7 @@ from riverrun.kernels.neural_memory.long_chunks import neural_memory_long
 from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Weights
 
 Kind = Literal["linear", "two layers", "long"]
+Keep = Literal["root", "all"]
 
 LINEAR_CHUNKS, LINEAR_MOST = (16, 32, 64, 128), 256
 MLP_CHUNKS, MLP_SIZES = (16, 32, 64), (64, 96, 128)
@@ -50,6 +51,7 @@ def neural_memory_triton(
     norm_weight: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     resumable: bool,
+    keep: Keep,
 ) -> tuple[torch.Tensor, MemoryState]:
     """`riverrun.kernels.neural_memory.neural_memory` of memories that have a `kind_of`, whose sequences begin a chunk.
 
@@ -61,7 +63,7 @@ def neural_memory_triton(
     online = is_exact_online(rule, len(gates), norm_weight)
     whole = T if online or not resumable else T - T % rule.chunk_size
     if whole == T:
-        return _run(q, k, v, state, gates, rule, norm_weight, cu_seqlens)
+        return _run(q, k, v, state, gates, rule, norm_weight, cu_seqlens, keep)
     assert cu_seqlens is None
 
     def part(x: torch.Tensor, tokens: slice) -> torch.Tensor:
@@ -71,7 +73,7 @@ def neural_memory_triton(
     if whole:
         cut = partial(part, tokens=slice(whole))
         of_whole = tuple(layer.each(cut) for layer in gates)
-        o, state = _run(cut(q), cut(k), cut(v), state, of_whole, rule, norm_weight, None)
+        o, state = _run(cut(q), cut(k), cut(v), state, of_whole, rule, norm_weight, None, keep)
         outputs.append(o)
     cut = partial(part, tokens=slice(whole, None))
     of_rest = tuple(layer.each(cut) for layer in gates)
@@ -89,6 +91,7 @@ def _run(
     rule: Rule,
     norm_weight: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    keep: Keep,
 ) -> tuple[torch.Tensor, MemoryState]:
     from riverrun.kernels.neural_memory.triton_gates import chunk_gates_triton
 
@@ -113,6 +116,6 @@ def _run(
         o, weights, momentum = mlp_memory_triton(
             q, k, v, (of_chunks[0], of_chunks[-1]), norm_weight, (state.weights[0], state.weights[1]),
             None if state.momentum is None else (state.momentum[0], state.momentum[1]), cu_seqlens,
-            chunk_size=size, activation=rule.activation, residual=rule.residual, read=read,
+            chunk_size=size, activation=rule.activation, residual=rule.residual, read=read, keep=keep,
         )  # fmt: skip
     return o, MemoryState(weights, momentum, weights if rule.chunk_size > 1 else None)

@@ -29,7 +29,7 @@ def make_inputs(B, T, H=4, K=128, F=512, V=128, S=None, momentum=True, norm=True
     return [*(x.to(dtype) for x in tokens), *gates, *weights, *[1 + 0.1 * draw(H, V)] * norm]
 
 
-def run(inputs, rule, momentum, norm, cu_seqlens=None, dtype=None):
+def run(inputs, rule, momentum, norm, cu_seqlens=None, dtype=None, keep="root"):
     """o, the final state, and the gradients; in float64 of the chunked form."""
     leaves = [x.to(dtype or x.dtype).detach().requires_grad_() for x in inputs]
     q, k, v, *rest = leaves
@@ -39,7 +39,7 @@ def run(inputs, rule, momentum, norm, cu_seqlens=None, dtype=None):
         of_chunks = triton_gates(gates, rule.chunk_size, cu_seqlens)
         o, weights, still = mlp_memory_triton(
             q, k, v, (of_chunks, of_chunks), gain, weights, still, cu_seqlens, chunk_size=rule.chunk_size,
-            activation=rule.activation, residual=rule.residual, read=rule.read,
+            activation=rule.activation, residual=rule.residual, read=rule.read, keep=keep,
         )  # fmt: skip
     else:
         state = MemoryState(weights, still, weights)
@@ -51,10 +51,10 @@ def run(inputs, rule, momentum, norm, cu_seqlens=None, dtype=None):
     return [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
 
 
-def worst(inputs, momentum=True, norm=True, cu_seqlens=None, **options):
+def worst(inputs, momentum=True, norm=True, cu_seqlens=None, keep="root", **options):
     rule = Rule(**{"chunk_size": 64, "residual": True} | options)
     want = run(inputs, rule, momentum, norm, cu_seqlens, torch.float64)
-    got = run(inputs, rule, momentum, norm, cu_seqlens)
+    got = run(inputs, rule, momentum, norm, cu_seqlens, keep=keep)
     return max(((a - b).norm() / b.norm().clamp_min(1e-9)).item() for a, b in zip(got, want, strict=True))
 
 
@@ -62,6 +62,14 @@ def worst(inputs, momentum=True, norm=True, cu_seqlens=None, **options):
 @pytest.mark.parametrize("chunk_size", [16, 32, 64])
 def test_equals_float64(T, chunk_size):
     assert worst(make_inputs(1, T), chunk_size=chunk_size) < 3e-2
+
+
+@pytest.mark.parametrize("momentum, bounds", [(True, None), (False, [0, 1, 130, 600, 1000])])
+def test_the_states_of_all_chunks(momentum, bounds):
+    """Kept instead of made again."""
+    inputs = make_inputs(2 if bounds is None else 1, 1000, S=bounds and len(bounds) - 1, momentum=momentum)
+    cu_seqlens = bounds and torch.tensor(bounds, dtype=torch.int32, device="cuda")
+    assert worst(inputs, momentum, cu_seqlens=cu_seqlens, keep="all") < 3e-2
 
 
 @pytest.mark.parametrize("activation", ["gelu", "silu"])

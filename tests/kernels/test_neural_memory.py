@@ -450,6 +450,7 @@ def test_windows_are_not_written_alone():
         ({"v": torch.zeros(2, 5, H, 3)}, r"weights\[0\]"),
         ({"position": torch.zeros(2)}, "give both"),
         ({"gates": (1, 2)}, "gates for each"),
+        ({"keep": "none"}, "keep must be 'root' or 'all', got 'none'"),
         ({"backend": "cuda"}, "unknown backend"),
     ],
 )

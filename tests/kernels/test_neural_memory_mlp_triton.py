@@ -2,6 +2,7 @@
 GPU."""
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -61,11 +62,11 @@ def reference(q, k, v, gates, state, gain, rule, cu_seqlens):
     return o, *final.weights, *(final.momentum or ())
 
 
-def triton(q, k, v, gates, state, gain, rule, cu_seqlens):
+def triton(q, k, v, gates, state, gain, rule, cu_seqlens, keep="root"):
     of_chunks = [triton_gates(layer, rule.chunk_size, cu_seqlens) for layer in gates]
     o, weights, momentum = mlp_memory_triton(
         q, k, v, (of_chunks[0], of_chunks[-1]), gain, tuple(state[:2]), tuple(state[2:]) or None, cu_seqlens,
-        chunk_size=rule.chunk_size, activation=rule.activation, residual=rule.residual, read=rule.read,
+        chunk_size=rule.chunk_size, activation=rule.activation, residual=rule.residual, read=rule.read, keep=keep,
     )  # fmt: skip
     return o, *weights, *(momentum or ())
 
@@ -115,10 +116,59 @@ def test_documents(bounds):
     assert max(errors(make_inputs(1, 70, S=len(bounds) - 1, momentum=False), bounds, read="before")) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "T, options, rule, bounds",
+    [
+        (70, {}, {}, None),
+        (150, {"B": 2, "H": 2, "K": 32, "F": 96, "V": 64, "norm": False}, {"residual": False}, None),
+        (40, {"momentum": False, "separate": True}, {"activation": "silu", "read": "before"}, None),
+        (130, {"F": 64, "dtype": torch.bfloat16}, {"chunk_size": 64}, None),
+        (70, {"S": 4, "H": 2, "separate": True}, {}, [0, 1, 2, 35, 70]),
+        (300, {"S": 3, "momentum": False, "norm": False, "F": 64}, {"chunk_size": 64}, [0, 64, 65, 300]),
+    ],
+)
+def test_the_states_of_all_chunks_are_those_that_are_made_again(T, options, rule, bounds):
+    """To the last bit, and so are all gradients."""
+    inputs = make_inputs(**{"B": 1, "T": T} | options)
+    rule, bounds = Rule(**{"chunk_size": 16, "residual": True} | rule), None if bounds is None else torch.tensor(bounds)
+    root, every = (run(inputs, rule, partial(triton, keep=keep), bounds) for keep in ("root", "all"))
+    assert all(torch.equal(a, b) for a, b in zip(every, root, strict=True))
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 1, 2, 35, 70]])
+def test_all_states_are_kept_once_and_none_is_made_again(bounds, monkeypatch):
+    """Of every chunk, however many documents there are; and nothing without gradients."""
+    started, saved, of_chunk, to_save = [], [], Launch.of_chunk, Launch.to_save
+
+    def start(launch, kernel, *rest, **options):
+        started.append(kernel.__name__)
+        return of_chunk(launch, kernel, *rest, **options)
+
+    def room(launch, *rest):
+        saved.append(to_save(launch, *rest))
+        return saved[-1]
+
+    monkeypatch.setattr(Launch, "of_chunk", start)
+    monkeypatch.setattr(Launch, "to_save", room)
+    inputs = make_inputs(1, 70, S=4 if bounds else 1, dtype=torch.bfloat16)
+    cu_seqlens = torch.tensor(bounds) if bounds else None
+    run(inputs, Rule(chunk_size=16, residual=True), partial(triton, keep="all"), cu_seqlens)
+    kernels = "enter", "error", "step", "reads", "error_gradients", "update"
+    assert started == [f"{name}_kernel" for name in kernels]
+    before_norm, states, u, d2 = saved.pop()
+    chunks = 70 // 16 + (4 if bounds else 1)  # a short one of each row or, maybe, document
+    assert before_norm.shape == (1, 70, 1, 32)
+    assert states.shape == (chunks, 1, 2, 32 * (32 + 32)) and u.shape == d2.shape == (chunks, 1, 16, 32)
+    assert (states.dtype, u.dtype, d2.dtype) == (torch.bfloat16, torch.float32, torch.bfloat16)
+    (q, k, v), layers, weights, gain = inputs
+    triton(q, k, v, [Gates(*layers[0])], weights, gain[0], Rule(chunk_size=16), cu_seqlens, keep="all")
+    assert not any(x.numel() for x in saved.pop())
+
+
 @pytest.mark.parametrize("bounds", [[0, 70], [0, 16, 70], [0, 5, 6, 70], list(range(0, 71, 2))])
 def test_every_group_has_a_checkpoint_of_its_own(bounds):
     x, weight, state = torch.zeros(1, 70, 1, 32), torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 2, 2048)
-    launch = Launch.of(x, x, weight, None, state, torch.tensor(bounds), False, False)
+    launch = Launch.of(x, x, weight, None, state, torch.tensor(bounds), False, False, "root")
     places, c = [], 0
     for start, end in itertools.pairwise(bounds):
         chunks = -(-(end - start) // 16)
@@ -160,13 +210,15 @@ def test_only_what_is_asked_for():
     torch.testing.assert_close(o, want, rtol=1e-4, atol=1e-5)
 
 
-def test_under_torch_compile():
+@pytest.mark.parametrize("keep", ["root", "all"])
+def test_under_torch_compile(keep):
     """Nothing breaks the graph, and gradients are the same."""
     (q, k, v), layers, weights, gain = make_inputs(1, 40)
     leaves = [x.requires_grad_() for x in (q, k, v, *layers[0], *weights, *gain)]
 
     def loss(q, k, v, log_keep, lr, log_momentum, *rest):
-        outputs = triton(q, k, v, [Gates(log_keep, lr, log_momentum)], rest[:4], rest[4], Rule(chunk_size=16), None)
+        gates, rule = [Gates(log_keep, lr, log_momentum)], Rule(chunk_size=16)
+        outputs = triton(q, k, v, gates, rest[:4], rest[4], rule, None, keep)
         return sum(x.square().sum() for x in outputs)
 
     want = torch.autograd.grad(loss(*leaves), leaves)
@@ -181,16 +233,18 @@ def test_state_is_packed_and_unpacked():
     assert not any(x.any() for x in momentum)
 
 
+@pytest.mark.parametrize("keep", ["root", "all"])
 @pytest.mark.parametrize("packed, momentum, norm", [(False, True, True), (True, False, False)])
-def test_checks_itself(packed, momentum, norm, tmp_path, monkeypatch):
-    """As it would on a GPU, and refuses kernels that are wrong."""
+def test_checks_itself(packed, momentum, norm, keep, tmp_path, monkeypatch):
+    """As it would on a GPU, in the form that is used, and refuses kernels that are wrong."""
     monkeypatch.setattr(self_check, "INTERPRETED_TOO", True)
     monkeypatch.setattr(self_check, "_folder", lambda: tmp_path)
     monkeypatch.setattr(self_check, "_agreed", set())
     bounds = torch.tensor([0, 5, 20]) if packed else None
     inputs = make_inputs(1, 20, S=2 if packed else 1, momentum=momentum, norm=norm)
-    run(inputs, Rule(chunk_size=16, residual=norm), triton, bounds)
-    assert len(list(tmp_path.glob("*.json"))) == 2
+    run(inputs, Rule(chunk_size=16, residual=norm), partial(triton, keep=keep), bounds)
+    cases = [file.read_text() for file in tmp_path.glob("*.json")]
+    assert len(cases) == 2 and all(f"states={keep}" in case for case in cases)
 
     from riverrun.kernels.neural_memory import triton_mlp
 
@@ -199,7 +253,7 @@ def test_checks_itself(packed, momentum, norm, tmp_path, monkeypatch):
     monkeypatch.setattr(self_check, "_folder", lambda: tmp_path / "other")
     monkeypatch.setattr(triton_mlp, "walk_back", lambda *inputs: [1.01 * x for x in walk_back(*inputs)])
     with pytest.raises(RuntimeError, match=r"neural_memory_mlp with .* gradients=True.*: on this machine"):
-        run(inputs, Rule(chunk_size=16, residual=norm), triton, bounds)
+        run(inputs, Rule(chunk_size=16, residual=norm), partial(triton, keep=keep), bounds)
 
 
 def test_user_errors():

@@ -88,6 +88,25 @@ def test_packed_documents(name):
         assert_close(g, w, tolerance)
 
 
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
+def test_states_that_are_kept_change_nothing_else(name, backend, monkeypatch):
+    """Of a row that ends within a chunk, whose last tokens torch has; and only two layers' kernels are told."""
+    from riverrun.kernels.neural_memory import triton_mlp
+
+    told, form = [], triton_mlp.mlp_memory_triton
+
+    def listen(*inputs, keep, **options):
+        told.append(keep)
+        return form(*inputs, keep=keep, **options)
+
+    monkeypatch.setattr(triton_mlp, "mlp_memory_triton", listen)
+    arguments, rule = make(name, 2, 37)
+    root, every = (run(arguments, backend, rule=rule, keep=keep) for keep in ("root", "all"))
+    assert all(torch.equal(a, b) for a, b in zip(leaves(every), leaves(root), strict=True))
+    assert told == (["root", "all"] if (name, backend) == ("two layers", "triton") else [])
+
+
 def test_what_has_no_kernel_is_refused():
     arguments, rule = make("two layers", 1, 20, momentum=False)
     with pytest.raises(ValueError, match="there is no Triton kernel"):  # chunks of 16 without momentum

@@ -99,6 +99,25 @@ def test_attention_beside_persistent_keys_by_hand(window):
     assert peak == pytest.approx(tokens * (8 + 2 + 4 + 4 + 2 + 4) * D, rel=0.03)
 
 
+@pytest.mark.parametrize("recompute", [True, False])
+def test_the_states_of_all_chunks_by_hand(recompute):
+    """Those of all layers, or under recompute of one at a time."""
+    rows, T, H, D, F, C, layers, found = 2, 4096, 16, 96, 384, 64, 24, {}
+    for keep in ("root", "all"):
+        changes = [f"model.titans_mag.keep_states={keep}", f"train.recompute={str(recompute).lower()}"]
+        changes += [f"train.{size}_batch_size={rows}" for size in ("micro", "global")]
+        made = shipped.load("titans-mag-760m", changes, require_inputs=False).recipe
+        found[keep] = {moment.moment: moment.allocated for moment in memory.moments(made, Layout.of(made, 1))}
+    state, chunks = 2 * F * (D + D), rows * T // C
+    more = H * (chunks * (2 * state + (2 + 4) * C * D) - chunks // 8 * 4 * state)
+    for layer in range(layers):
+        name = f"backward of block {layer} (titans_mag)"
+        count = 1 if recompute else layer + 1
+        assert found["all"][name] - found["root"][name] == pytest.approx(count * more)
+    name = "backward of the loss"
+    assert found["all"][name] - found["root"][name] == pytest.approx(0 if recompute else layers * more)
+
+
 class _Idle:
     """A kernel that does nothing, on any grid."""
 
@@ -106,11 +125,12 @@ class _Idle:
         return lambda *args, **options: None
 
 
+@pytest.mark.parametrize("keep", ["root", "all"])
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("T", [256, 4096])
-def test_inside_a_two_layer_memory(T, norm, monkeypatch):
+def test_inside_a_two_layer_memory(T, norm, keep, monkeypatch):
     """What its launchers allocate and free, counted from the operators' arguments, is what they allocate and free."""
-    monkeypatch.setattr(Cut, "of_chunk", lambda *args, **options: lambda number: None)
+    monkeypatch.setattr(Cut, "of_chunk", lambda *args, **options: lambda number: args)  # which it holds
     monkeypatch.setattr(triton_mlp, "output_gradients_kernel", _Idle())
     (B, H, D, F, C, P), empty = (2, 2, 64, 256, 64, 2), partial(torch.empty, dtype=torch.float32)
     with footprint._fakes(), footprint._Recorder() as recorder:
@@ -126,11 +146,11 @@ def test_inside_a_two_layer_memory(T, norm, monkeypatch):
             freed = max(recorder.alive) - recorder.live
             return outputs, freed, INSIDE[name](*args)
 
-        given, flags = (q, k, v, *gates, gain, initial), (None, False, True)
-        run = partial(triton_mlp.walk, q, k, v, gates, gain, initial, *flags, save=True)
-        (_, _, *saved), freed, ours = most("neural_memory_mlp_triton", run, *given, *flags, True)
+        given, options = (q, k, v, *gates, gain, initial), (None, False, True, keep)
+        run = partial(triton_mlp.walk, q, k, v, gates, gain, initial, *options)
+        (_, _, *saved), freed, ours = most("neural_memory_mlp_triton", run, *given, *options)
         assert ours == pytest.approx(freed, rel=0.01)
-        run = partial(triton_mlp.walk_back, grad_o, None, q, k, v, gates, gain, initial, *saved, *flags)
-        args = grad_o, None, *given, *saved, *flags
+        run = partial(triton_mlp.walk_back, grad_o, None, q, k, v, gates, gain, initial, *saved, *options)
+        args = grad_o, None, *given, *saved, *options
         _, freed, ours = most("neural_memory_mlp_triton_backward", run, *args)
         assert ours == pytest.approx(freed, rel=0.01)

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from riverrun.modeling import segmented_attention
+from riverrun.modeling import neural_memory, segmented_attention
 from riverrun.modeling.config import RiverrunConfig
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.memory_options import TitansMACOptions, TitansMAGOptions, TitansMALOptions
 from riverrun.modeling.mixers.titans import TitansMAG, TitansMAL
 from riverrun.modeling.mixers.titans_mac import TitansMAC
 from riverrun.modeling.model import RiverrunForCausalLM
+from riverrun.modeling.neural_memory import NeuralMemory
 from riverrun.modeling.parallel.context import Context
 from riverrun.modeling.parallel.mesh import ALONE
 from tests.modeling import titans_loops
@@ -99,6 +100,20 @@ def test_it_is_the_loop_over_tokens(name, T):
             assert_equal(g, w, path, 1e-9)
     if T == 11:
         assert all(w is not None and w.any() for w in wanted), "a parameter that does nothing"
+
+
+@every_block
+def test_the_op_is_told_which_states_are_kept(name):
+    """And nothing is another without its kernels."""
+    root, every, x = build(name), build(name), draw(1, 5)
+    for module in every.modules():
+        if isinstance(module, NeuralMemory):
+            module.options = replace(module.options, keep_states="all")
+    with mock.patch.object(neural_memory, "neural_memory", wraps=neural_memory.neural_memory) as op:
+        want, got = (block(x, rows(1, 5)) for block in (root, every))
+    told = [call.kwargs["keep"] for call in op.call_args_list]
+    assert told == ["root"] * (len(told) // 2) + ["all"] * (len(told) // 2) and told
+    assert torch.equal(got, want)
 
 
 # calls

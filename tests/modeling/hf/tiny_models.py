@@ -81,6 +81,7 @@ def olmo(rope: bool = True, neg_eigval: bool = True, tied: bool = False, head_di
 
 def hybrid() -> ModelOptions:
     """All mixers; attention once full and once in a window would need two configs, so in a window."""
+    memory = {"num_heads": 2, "head_dim": 8, "gate_rank": 4, "keep_states": "all"}
     return ModelOptions(
         vocab_size=VOCAB,
         hidden_size=32,
@@ -93,7 +94,7 @@ def hybrid() -> ModelOptions:
         lstm=LSTMOptions(head_dim=16),
         gru=GRUOptions(head_dim=16),
         elman=ElmanOptions(head_dim=16),
-        **{name: options(num_heads=2, head_dim=8, gate_rank=4) for name, options in MEMORY_OPTIONS.items()},
+        **{name: options(**memory) for name, options in MEMORY_OPTIONS.items()},
     )
 
 
