@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from statistics import median
 
@@ -63,10 +64,11 @@ def measure(recipe: Recipe, folder: Path, ranks: Ranks, saves: int) -> Iterator[
     for _ in range(3):
         step()
     alone = median(step() for _ in range(5))
+    numbers = count()
     for asynchronous in (False, True):
         saver = Saver(folder, 1, ranks, asynchronous)
         saved, beside = [], []
-        for number in range(saves + asynchronous):
+        for number in islice(numbers, saves + asynchronous):
             if ranks.device.type == "cuda":
                 torch.cuda.synchronize()
             saver.start(number, engine, {})
