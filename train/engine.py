@@ -38,6 +38,7 @@ from riverrun.train.objectives.objective import Objective
 from riverrun.train.quiet import quiet
 from riverrun.train.shards import MASTER, Shards, Universal, check_files, reading
 from riverrun.train.state_passing import FOLDER, StateBuffer
+from riverrun.train.zero_gradients import take_together
 
 AUTO, NEXT_TOKEN = ParallelConfig(), Objective()
 TAG = "zero"  # the folder of DeepSpeed's files in a checkpoint
@@ -105,6 +106,8 @@ class Engine:
             self._deepspeed = _build(model, optimizer, train, engine, ranks, accumulation, self.dtype)
             self._deepspeed.checkpoint_engine.save = self._save_file
             self._deepspeed.checkpoint_engine.load = _load_file
+            if self.stage == 1:
+                take_together(self._deepspeed.optimizer, ranks.mesh.tp)
         self._norms = sys.modules[type(self._deepspeed.optimizer).__module__]  # which looks whether norms are finite
         self._norm_is_invalid = self._norms.is_invalid_grad_norm
         self._write: Callable[[Any, Path], None] = torch.save

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from riverrun.kernels.common.documents import once_a_batch
 from riverrun.kernels.common.whole import ceil_div
 
 
@@ -44,6 +45,7 @@ def cut(x: torch.Tensor, size: int, cu_seqlens: torch.Tensor | None) -> Chunks:
     return Chunks(len(bounds) - 1, num_chunks, (bounds, first, start, length), True)
 
 
+@once_a_batch
 def pieces(
     bounds: torch.Tensor, size: int, num_pieces: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from riverrun.kernels.common.documents import once_a_batch
 from riverrun.kernels.common.whole import ceil_div
 
 
@@ -34,6 +35,7 @@ def _starts_kernel(cu_seqlens, words, documents, S, num_groups, STEPS: tl.conste
     tl.store(documents + g, k, mask=g < num_groups)
 
 
+@once_a_batch
 def document_starts(cu_seqlens: torch.Tensor, T: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """For each group of `steps` (at most 30) tokens of a row of T tokens with the (S + 1,) bounds `cu_seqlens`:
 
@@ -61,6 +63,7 @@ def _positions_kernel(cu_seqlens, positions, S, T, BLOCK: tl.constexpr):
     tl.store(positions + T * 2 + t, tl.load(cu_seqlens + s + 1).to(tl.int32) - t, mask=within)
 
 
+@once_a_batch
 def document_positions(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
     """For each token of a row of T tokens with the (S + 1,) bounds `cu_seqlens`: its document, how many tokens of that
     lie before it, and how many from it on, which are at least 1; (3, T) int32."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from riverrun.kernels.common.documents import once_a_batch
 from riverrun.kernels.common.triton_chunks import Chunks, cut, pieces
 from riverrun.kernels.common.whole import ceil_div
 
@@ -67,6 +68,7 @@ def _of_rows(B: int, T: int, size: int, length: int, device: torch.device) -> Se
     return _segments(torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=device), size, length, B * T)
 
 
+@once_a_batch
 def _segments(bounds: torch.Tensor, size: int, length: int, tokens: int) -> Segments:
     """Segments of at most `length` of the sequences with bounds (S + 1,)."""
     num_segments = tokens // length + len(bounds) - 1
