@@ -23,7 +23,7 @@ from riverrun.modeling.mixer_options import ParaGRUOptions, ParaLSTMOptions
 from riverrun.modeling.mixers.base import Mixer, States, register
 from riverrun.modeling.parallel.context import Context
 from riverrun.modeling.parallel.norm import sharded_rms_norm
-from riverrun.modeling.parallel.para import context_para_gru, context_para_lstm
+from riverrun.modeling.parallel.para import Then, context_para_gru, context_para_lstm
 from riverrun.modeling.parallel.split import Plan
 from riverrun.modeling.projection import project
 
@@ -67,21 +67,28 @@ class _ParaMixer(Mixer):
         """gates (B, T, 3, D) → h (B, T, D) and the final state."""
 
     @abstractmethod
-    def shared_cell(self, gates: torch.Tensor, context: Context) -> torch.Tensor:
-        """The same for rows that several ranks share: this rank's h."""
+    def shared_cell(self, gates: torch.Tensor, context: Context, **then: Then) -> torch.Tensor:
+        """The same for rows that several ranks share: this rank's h, or what is then made of it."""
 
     def forward(self, hidden: torch.Tensor, layout: Layout, states: States | None = None) -> torch.Tensor:
         hidden = layout.flatten(hidden)
         u, z = project(hidden, self.u_proj, self.z_proj)
         (u,) = short_convs(layout, states, conv=(self.conv, u))
-        if layout.context is not None:
-            h = self.shared_cell(self.gates(u), layout.context)
-        else:
+
+        def leave(h: torch.Tensor) -> torch.Tensor:
+            y = sharded_rms_norm(h, z, self.norm.weight, self.tp, eps=self.norm.eps, norm_before_gate=True)
+            return self.o_proj(y)
+
+        if layout.context is None:
             h, state = self.cell(self.gates(u), layout.initial(states, "cell"), layout.cu_seqlens)
             if states is not None:
                 states["cell"] = layout.last(state)
-        y = sharded_rms_norm(h, z, self.norm.weight, self.tp, eps=self.norm.eps, norm_before_gate=True)
-        return layout.unflatten(self.o_proj(y))
+            y = leave(h)
+        elif self.tp.size == 1:
+            y = self.shared_cell(self.gates(u), layout.context, then=leave)
+        else:  # whose norm is a collective
+            y = leave(self.shared_cell(self.gates(u), layout.context))
+        return layout.unflatten(y)
 
     def bounded(self, weight: torch.Tensor) -> torch.Tensor:
         bound = self.options.max_recurrent_weight
@@ -107,9 +114,10 @@ class ParaGRU(_ParaMixer):
             cu_seqlens=cu_seqlens, tolerance=self.options.tolerance,
         )  # fmt: skip
 
-    def shared_cell(self, gates, context):
+    def shared_cell(self, gates, context, **then):
         return context_para_gru(
-            context, gates, self.bounded(self.recurrent_weight), bias=self.gates.bias, tolerance=self.options.tolerance
+            context, gates, self.bounded(self.recurrent_weight), bias=self.gates.bias,
+            tolerance=self.options.tolerance, **then,
         )  # fmt: skip
 
     def mixing_flops(self, seq_len: int) -> float:
@@ -133,10 +141,10 @@ class ParaLSTM(_ParaMixer):
             initial_state=state, cu_seqlens=cu_seqlens, tolerance=self.options.tolerance,
         )  # fmt: skip
 
-    def shared_cell(self, gates, context):
+    def shared_cell(self, gates, context, **then):
         return context_para_lstm(
             context, gates, self.bounded(self.recurrent_weight), self.bounded(self.peephole), bias=self.gates.bias,
-            tolerance=self.options.tolerance,
+            tolerance=self.options.tolerance, **then,
         )  # fmt: skip
 
     def reset_parameters(self) -> None:

@@ -5,6 +5,7 @@ gathering is a scattering sum, that of a sum is a sum. All ranks of an axis must
 order, in the backward pass as well: a rank that has no use for a result still has to let the gradient flow through it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,6 +63,20 @@ def scatter_sum(x: torch.Tensor, axis: Axis, dim: int = 0) -> torch.Tensor:
     out = parts.new_empty(parts.shape[0] // axis.size, *parts.shape[1:])
     dist.reduce_scatter_tensor(out, parts, group=axis.group)
     return out
+
+
+def to_host(x: torch.Tensor) -> Callable[[], list[float]]:
+    """Sends a small tensor to the host. What is returned waits for it alone, whatever was launched meanwhile."""
+    if x.device.type == "cpu":
+        return x.tolist
+    copy = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+    arrived = torch.cuda.current_stream(x.device).record_event()
+
+    def wait() -> list[float]:
+        arrived.synchronize()
+        return copy.tolist()
+
+    return wait
 
 
 class _AllGather(torch.autograd.Function):

@@ -11,7 +11,7 @@ The gradient is exact, and parallel as well: at the solution dg_{r+1} = dΦ_r + 
 Cells mostly forget long before a shard is over. So where shards are long, the states that enter are first made of the
 last BURN_IN tokens of each, and these are asked whether anything before them still shows in the state that leaves, on
 any rank: if not, to within the state's rounding, they are all that has to be computed twice. The host waits for that
-answer, together with the check below.
+answer, together with the check below, when it has also launched what comes after: the GPU does not wait for it.
 
 A chain of more than PASSES shards stops early if the states that enter have settled: the largest change is a number
 that all ranks see alike. A document over all of P shards and cells that do not settle take P − 2 passes and the last
@@ -33,6 +33,7 @@ from riverrun.kernels.common.shooting import record_solve, state_dtype
 from riverrun.kernels.common.slope import linearise
 from riverrun.kernels.para_gru import para_gru, para_gru_slope
 from riverrun.kernels.para_lstm import para_lstm, para_lstm_slope
+from riverrun.modeling.parallel.collectives import to_host
 from riverrun.modeling.parallel.context import Context
 
 PASSES = 2  # before the last one, that are made without asking whether they were needed
@@ -41,13 +42,29 @@ FORGOTTEN = 2.0**-24  # of a state, what is less than its rounding
 
 Solve = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 Slope = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+Then = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _itself(h: torch.Tensor) -> torch.Tensor:
+    return h
 
 
 def context_para_gru(
-    context: Context, gates: torch.Tensor, weight: torch.Tensor, *, bias: torch.Tensor, tolerance: float
+    context: Context,
+    gates: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    bias: torch.Tensor,
+    tolerance: float,
+    then: Then = _itself,
 ) -> torch.Tensor:
-    """`para_gru` of rows that several ranks share: this rank's h. gates (B, T, 3, D), or (1, B·T, 3, D) if documents
-    begin inside rows."""
+    """`para_gru` of rows that several ranks share: what `then` makes of this rank's h.
+
+    Args:
+        gates: (B, T, 3, D), or (1, B·T, 3, D) if documents begin inside rows.
+        then: is launched before the host waits to hear whether h holds, and again if it did not. No collectives: of
+            tensor-parallel ranks, each hears of its own channels.
+    """
 
     def solve(gates: torch.Tensor, initial: torch.Tensor, cu_seqlens: torch.Tensor | None):
         h, final = para_gru(
@@ -58,7 +75,7 @@ def context_para_gru(
     def slope(gates: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
         return para_gru_slope(gates, weight, bias=bias, cu_seqlens=cu_seqlens)
 
-    return _shared("para_gru", context, solve, slope, gates, 1, tolerance)
+    return _shared("para_gru", context, solve, slope, gates, 1, tolerance, then)
 
 
 def context_para_lstm(
@@ -69,9 +86,9 @@ def context_para_lstm(
     *,
     bias: torch.Tensor,
     tolerance: float,
+    then: Then = _itself,
 ) -> torch.Tensor:
-    """`para_lstm` of rows that several ranks share: this rank's h. gates (B, T, 3, D), or (1, B·T, 3, D) if documents
-    begin inside rows."""
+    """`para_lstm` of rows that several ranks share; as `context_para_gru`."""
 
     def solve(gates: torch.Tensor, initial: torch.Tensor, cu_seqlens: torch.Tensor | None):
         return para_lstm(
@@ -81,20 +98,20 @@ def context_para_lstm(
     def slope(gates: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
         return para_lstm_slope(gates, weight, peephole, bias=bias, cu_seqlens=cu_seqlens)
 
-    return _shared("para_lstm", context, solve, slope, gates, 2, tolerance)
+    return _shared("para_lstm", context, solve, slope, gates, 2, tolerance, then)
 
 
 def _shared(
-    name: str, context: Context, solve: Solve, slope: Slope, gates: torch.Tensor, K: int, tolerance: float
+    name: str, context: Context, solve: Solve, slope: Slope, gates: torch.Tensor, K: int, tolerance: float, then: Then
 ) -> torch.Tensor:
-    """h, from a solver of K state vectors a channel: (gates, initial (S, K, D), cu_seqlens) → h, final (S, K, D); and
-    its slope at zeros: (gates, cu_seqlens) → ∂(final)/∂(initial) (S, K, K, D)."""
+    """What `then` makes of h, from a solver of K state vectors a channel: (gates, initial (S, K, D), cu_seqlens) → h,
+    final (S, K, D); and its slope at zeros: (gates, cu_seqlens) → ∂(final)/∂(initial) (S, K, K, D)."""
     (B, _), D = context.shape, gates.shape[-1]
     zeros = gates.new_zeros(B, K, D, dtype=state_dtype(gates))
     if not context.connected:
-        return solve(gates, context.initial(zeros), context.cu_seqlens)[0]
+        return then(solve(gates, context.initial(zeros), context.cu_seqlens)[0])
     if context.longest_tail > WORTH * BURN_IN:
-        found = _from_recent(name, context, solve, slope, gates, zeros, tolerance)
+        found = _from_recent(name, context, solve, slope, gates, zeros, tolerance, then)
         if found is not None:
             return found
     for enter, passes, allowed in _entering(name, context, solve, gates, zeros, tolerance):
@@ -106,7 +123,7 @@ def _shared(
         if gap <= allowed:
             record_solve(f"{name}_over_ranks", passes, gap, True)
             break
-    return h
+    return then(h)
 
 
 def _from_recent(
@@ -117,9 +134,10 @@ def _from_recent(
     gates: torch.Tensor,
     zeros: torch.Tensor,
     tolerance: float,
+    then: Then,
 ) -> torch.Tensor | None:
-    """h, from states that enter which are made of the last tokens of each shard alone; None if any rank's cells
-    remember more. The host waits for that once, when all has been computed."""
+    """What `then` makes of h, from states that enter which are made of the last tokens of each shard alone; None if any
+    rank's cells remember more."""
     whole, recent, bounds = context.with_recent(gates, BURN_IN)
     cut = [end - begin > BURN_IN for begin, end in context.last_pieces]
     depends = [c or p for c, p in zip(cut, context.passes[context.axis.rank])]
@@ -127,11 +145,13 @@ def _from_recent(
     h, final = solve(whole, context.initial(context.before(end)), context.cu_seqlens)
     A = context.only(depends, slope(recent, bounds))
     gap = context.only(context.goes_on, (context.of_last(final) - end).detach())
-    remembered, apart = _largest(context, A, gap)
+    largest = _asked(context, A, gap)
+    made = then(h)
+    remembered, apart = largest()
     if remembered > FORGOTTEN or apart > max(tolerance, FORGOTTEN):
         return None
     record_solve(f"{name}_over_ranks", 1, apart, True)
-    return h
+    return made
 
 
 def _entering(
@@ -203,7 +223,12 @@ def _tame(A: torch.Tensor) -> torch.Tensor:
 
 def _largest(context: Context, *changes: torch.Tensor) -> list[float]:
     """The largest number of each, of all ranks; infinite where one is not finite."""
+    return _asked(context, *changes)()
+
+
+def _asked(context: Context, *changes: torch.Tensor) -> Callable[[], list[float]]:
+    """`_largest`, on its way to the host."""
     norms = [torch.linalg.vector_norm(change, torch.inf) for change in changes]
     largest = torch.stack(norms).nan_to_num(torch.inf, torch.inf)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=context.axis.group)
-    return largest.tolist()
+    return to_host(largest)

@@ -75,16 +75,16 @@ def shared(case, op, changes, recompute=False):
     seemed = []
 
     def run(gates, *weights):
-        return OPS[op][1](context, gates, *weights, bias=bias, tolerance=1e-5)
+        return OPS[op][1](context, gates, *weights, bias=bias, tolerance=1e-5, then=lambda h: 2 * h) / 2
 
-    def largest(context, *changes):
-        found = genuine(context, *changes)
+    def asked(context, *changes):
+        largest = genuine(context, *changes)
         if len(changes) == 2:  # what the last tokens remember, and how far off the states are
-            seemed.append(found[0] <= para.FORGOTTEN)
-        return found
+            seemed.append(largest()[0] <= para.FORGOTTEN)
+        return largest
 
-    genuine = para._largest
-    with mock.patch.multiple(para, _largest=largest, **changes):
+    genuine = para._asked
+    with mock.patch.multiple(para, _asked=asked, **changes):
         mine = gates[:, axis.share(T)]
         take_statistics()
         with torch.no_grad():
