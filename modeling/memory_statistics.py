@@ -8,15 +8,39 @@ Means over layers, heads and calls, by which such models are debugged:
     memory_update         ‖W − W before‖ / ‖W before‖
     memory_alpha, memory_theta, memory_eta    what is forgotten, the step, what is kept of the momentum
     memory_fast           share of tokens that forget more than a tenth
+
+To note them takes passes over all states and dozens of small kernels a layer: see `noting`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from torch import nn
 
 from riverrun.kernels.neural_memory import Gates, MemoryState, Rule, read_memory
 from riverrun.modeling.statistics import note
 
 RECENT = 64
 FAST = 0.1
+
+_wanted = True
+
+
+@contextmanager
+def noting(wanted: bool) -> Iterator[None]:
+    """Whether forward passes meanwhile are to note: training asks for it in the steps that it records."""
+    global _wanted
+    before, _wanted = _wanted, wanted
+    try:
+        yield
+    finally:
+        _wanted = before
+
+
+def is_wanted(module: nn.Module) -> bool:
+    """Of a memory: it is trained, and somebody will ask."""
+    return _wanted and module.training and torch.is_grad_enabled()
 
 
 @torch.no_grad()

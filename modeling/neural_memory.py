@@ -20,7 +20,7 @@ from riverrun.kernels.neural_memory import Gates, MemoryState, fresh_state, neur
 from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, short_convs
 from riverrun.modeling.layout import Layout
 from riverrun.modeling.memory_options import NeuralMemoryOptions
-from riverrun.modeling.memory_statistics import RECENT, note_gates, note_memory
+from riverrun.modeling.memory_statistics import RECENT, is_wanted, note_gates, note_memory
 from riverrun.modeling.parallel.collectives import depend
 from riverrun.modeling.parallel.split import Plan, Split
 from riverrun.modeling.projection import project
@@ -87,7 +87,7 @@ class NeuralMemory(nn.Module):
             place = layout.initial(states, "memory_place", torch.zeros(1, device=x.device))
         before = initial_state(layout, states, start, place)
         y, state = self.run(inputs, before, place, layout.cu_seqlens, resumable=states is not None)
-        if self.training and torch.is_grad_enabled():
+        if is_wanted(self):
             self._note(inputs, layout, before, state)
         if states is not None:
             place = x.new_zeros(layout.num_sequences, dtype=torch.float32) if place is None else place
@@ -150,7 +150,7 @@ class NeuralMemory(nn.Module):
         open chunk of each sequence has."""
         q, k, v, gates, delta, gamma = inputs
         rule = self.options.rule
-        if chunk_size is None and self.training and torch.is_grad_enabled():
+        if chunk_size is None and is_wanted(self):
             note_gates(gates)
         return neural_memory(
             q,

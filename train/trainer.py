@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from riverrun.modeling.config import RiverrunConfig
+from riverrun.modeling.memory_statistics import noting
 from riverrun.modeling.model import RiverrunForCausalLM
 from riverrun.modeling.parallel.sharding import meta_model, parameter_plan
 from riverrun.train import checkpoint, held_out, metrics, outcome, plot, universal
@@ -191,7 +192,8 @@ class Trainer:
         self._phase("forward")
         factor = lr_factor(self.recipe.schedule, self.step, self.recipe.train.steps)
         objective, leads = self.inputs.objective, self.ranks.mesh.leads
-        summed = self.engine.accumulate(batches, self.loss_by_depth)
+        with noting(self._due(self.recipe.train.log_every, self.step + 1)):
+            summed = self.engine.accumulate(batches, self.loss_by_depth)
         counts = [sum(part) if leads else 0 for part in zip(*map(objective.counts, batches))]
         flags = [self.interrupt.signal == number for number in SIGNALS]
         flags += [self.stops.asked() == reason for reason in outcome.REASONS]
@@ -312,8 +314,9 @@ class Trainer:
         self.gaps = [(start, end) for start, end in state.get("gaps", ())]
         return same, stateless
 
-    def _due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.recipe.train.steps
+    def _due(self, every: int, step: int | None = None) -> bool:
+        step = self.step if step is None else step
+        return step % every == 0 or step == self.recipe.train.steps
 
     def _record(self) -> None:
         self._phase("record")

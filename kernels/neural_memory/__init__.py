@@ -125,6 +125,7 @@ def write_memory(
     rule: Rule,
     norm_weight: torch.Tensor | None = None,
     delta: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> MemoryState:
     """`neural_memory`'s state after tokens k (1, T, H, K) and v (1, T, H, V) that are one chunk, whatever
     `rule.chunk_size`, and that nothing reads: for few tokens, such as persistent ones, with little work for the host.
@@ -132,14 +133,22 @@ def write_memory(
     Args:
         state: of one sequence (S = 1), at a chunk's start.
         gates: of every layer, (1, T, H) or (1, T, H, out).
+        backend: "auto", "chunked" or "triton" (see `resolve_backend`). Triton's kernels take tokens that are no more
+            than a chunk of the rule's, and are launched as for one that is read.
 
     Raises:
-        ValueError: a rule with a window or with orthogonal updates.
+        ValueError: a rule with a window or with orthogonal updates, or a backend that there is not.
     """
     if rule.window > 1 or rule.newton_schulz:
         raise ValueError("write_memory: windows and orthogonal updates need neural_memory")
+    layers, T = tuple(gates), k.shape[1]
+    one_chunk = 1 < T <= rule.chunk_size and rule.read != "chunk"
+    has_triton = one_chunk and kind_of(state.weights, layers, rule, norm_weight, packed=False) is not None
     with torch.autocast(k.device.type, enabled=False):
-        return write_chunk(k, v, state, tuple(gates), rule, norm_weight, delta)
+        if resolve_backend("write_memory", backend, k, T, has_triton=has_triton) == "triton":
+            q, nothing = torch.zeros_like(k), None
+            return neural_memory_triton(q, k, v, state, layers, rule, norm_weight, nothing, False, "root")[1]
+        return write_chunk(k, v, state, layers, rule, norm_weight, delta)
 
 
 def _check(q, k, v, weights, layers, rule, norm_weight, delta, gamma, state, position, cu_seqlens) -> None:

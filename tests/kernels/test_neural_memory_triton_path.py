@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from riverrun.kernels.neural_memory import Gates, Rule, neural_memory
-from tests.kernels.test_neural_memory import assert_close, bounds_of, leaves
+from riverrun.kernels.neural_memory import Gates, Rule, fresh_state, neural_memory, write_memory
+from tests.kernels.test_neural_memory import assert_close, bounds_of, gradients, leaves
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H, K, F = 2, 64, 128
@@ -52,6 +52,25 @@ def test_triton_and_chunks_agree(name, T):
         (1e-5, 1e-5, 1e-4), run(arguments, "triton", rule=rule), run(arguments, "chunked", rule=rule)
     ):
         assert_close(got, want, tolerance)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, rule) in RULES.items() if rule.chunk_size > 1])
+def test_tokens_that_nobody_reads(name):
+    arguments, rule = make(name, 1, 5)
+    written = leaves({name: x for name, x in arguments.items() if name != "q"})
+    gates, weights = (arguments["gates"],) * RULES[name][0], arguments["weights"]
+    fresh, found = fresh_state(weights, 1, rule, True, K), []
+    for backend in ("triton", "chunked"):
+        state = write_memory(
+            arguments["k"], arguments["v"], fresh, gates, rule=rule, norm_weight=arguments["norm_weight"],
+            backend=backend,
+        )  # fmt: skip
+        found.append((state, gradients(state, written)))
+    for tolerance, got, want in zip((1e-5, 1e-4), *found):
+        assert_close(got, want, tolerance)
+    with pytest.raises(ValueError, match="there is no Triton kernel"):
+        write_memory(**{n: arguments[n] for n in "kv"}, state=fresh, gates=gates, rule=replace(rule, chunk_size=4),
+                     backend="triton")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RULES)

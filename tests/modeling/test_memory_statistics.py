@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from riverrun.modeling.config import RiverrunConfig
+from riverrun.modeling.memory_statistics import noting
 from riverrun.modeling.model import RiverrunForCausalLM
 from riverrun.modeling.statistics import take_noted
 from tests.modeling.test_model import SHAPES, tokens
@@ -29,6 +30,15 @@ def test_only_memories_in_training_tell():
     names = {"loss", "loss_before", "norm", "update", "alpha", "theta", "eta", "fast"}
     assert set(statistics(None, tokens(2, 9))) == {f"memory_{name}" for name in names}
     assert take_noted() == {}
+
+
+def test_memories_are_silent_where_nobody_asks():
+    with noting(False):
+        assert statistics(None, tokens(2, 9)) == {}
+        with noting(True):
+            assert statistics(None, tokens(2, 9))
+        assert statistics(None, tokens(2, 9)) == {}
+    assert statistics(None, tokens(2, 9))
 
 
 def test_a_memory_that_steps_learns_what_it_saw():

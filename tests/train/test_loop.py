@@ -70,6 +70,14 @@ def assert_equal(a, b, where):
         assert a == b, where
 
 
+def test_memories_tell_in_the_steps_that_are_recorded(tmp_path):
+    model = {"layer_pattern": ["titans_lmm"], "titans_lmm": {"head_dim": 16, "chunk_size": 4}}
+    assert train(tmp_path / "run", config=recipe(model=model, train={"steps": 4, "log_every": 2}))[0] == 0
+    found = [record for record in records(tmp_path / "run") if record["kind"] == "train"]
+    assert [record["step"] for record in found] == [2, 4]
+    assert all(0 < record["memory_alpha"] < 1 and record["memory_loss"] > 0 for record in found)
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "straight"
