@@ -7,7 +7,7 @@
 #
 # TOKENIZER: a sentencepiece model of 8,192 tokens (`riverrun data tokenizer`). The text is the Python of torch,
 # transformers and sympy, about 40M tokens. Two models: decays as published, and slow ones, of up to 100,000 tokens at the
-# start. About 5 minutes on one H200; two share the models.
+# start. About 10 minutes on one H200, estimated; two share the models.
 # Writes to OUT: curves.png, table.md, and a folder for each evaluation.
 
 source "$(dirname "$0")/jobs.sh"
