@@ -1,6 +1,7 @@
 """The Triton convolution as a torch operator: launches and gradients. The method is told in `triton_kernels.py`."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Launch:
         """Of B rows of T tokens, where `overlap` of a lane's tokens belong to the next."""
         return B * ceil_div(T, self.steps - overlap)
 
+    @lru_cache(maxsize=256)  # noqa: B019 - of the two launches below, which stay
     def fitted(self, B: int, T: int, D: int, overlap: int, multiprocessors: int) -> "Launch":
         """For D channels; with shorter lanes where these would leave the device idle."""
         launch = replace(self, channels=min(self.channels, power_of_2_from(D)))
