@@ -369,15 +369,13 @@ def _shard(options: ModelOptions, tp: int, dtype: torch.dtype):
 
 
 def _free_gradients(*params: nn.Parameter) -> None:
-    """As DeepSpeed's hooks do: a gradient is added to a float32 buffer once it is there, and freed."""
+    """As the engine's hooks do: a gradient is added to a float32 buffer once it is there, and freed."""
 
-    def add(param: torch.Tensor) -> None:
-        assert param.grad is not None
-        param.grad.to(torch.float32)
+    def free(param: torch.Tensor) -> None:
         param.grad = None
 
     for param in params:
-        param.register_post_accumulate_grad_hook(add)
+        param.register_post_accumulate_grad_hook(free)
 
 
 def _layout(options: ModelOptions, rows: int, length: int, dtype: torch.dtype) -> Layout:

@@ -4,7 +4,7 @@ What ZeRO holds is read from DeepSpeed 0.19.8 as `train/engine.py` sets it up, w
 rank and d = dp · cp ranks that share a copy of them; 2 bytes are of bf16, and are 4 in fp32 recipes:
 
 - Stage 1 (`BF16_Optimizer`): 2 P weights, 4 P for all gradients in one fp32 buffer, 12 P / d master weights and Adam's
-  moments. A parameter's own gradient is added to the buffer and freed at once (`immediate_grad_update`). Before the
+  moments. A parameter's own gradient is added to the buffer and freed at once (`train/zero_gradients.py`). Before the
   step `allreduce_no_retain` copies the buffers of all parameter groups into one, 4 P, after the activations are gone.
 - Stage 2 (`DeepSpeedZeroOptimizer`): 2 P weights, 4 P / d gradients (`_build_compact_grad_partition_buffer`), 12 P / d;
   in the backward pass a bucket of `reduce_bucket_size` gradients in bf16 and its fp32 copy for the communication.
@@ -237,7 +237,7 @@ def moments(recipe: Recipe, layout: Layout) -> Iterator[Memory]:
     head = head_footprint(options, layout.tp, dtype, tokens)
     for name, step in (("forward of the loss", head.forward), ("backward of the loss", head.backward)):
         yield Memory(name, **static, exchange=reducing, activations=kept, loss=step.peak(tokens / head.row)[0])
-    gradient = (size + 4) * held.embedding
+    gradient = (size + (4 if stage > 1 else 0)) * held.embedding
     yield Memory("backward of the embedding", **static, exchange=reducing, activations=once, working=gradient + tied)
     if stage == 1:
         yield Memory("reduction of the gradients", **static, exchange=4.0 * P)
