@@ -24,13 +24,13 @@ def once_a_batch(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(function)
     def remembered(cu_seqlens: torch.Tensor, *sizes: int) -> Result:
+        if type(cu_seqlens) is not torch.Tensor or cu_seqlens.is_inference():  # which do not tell that they change
+            return function(cu_seqlens, *sizes)
         stream = None
         if cu_seqlens.is_cuda:
             if torch.cuda.is_current_stream_capturing():
                 return function(cu_seqlens, *sizes)
             stream = torch.cuda.current_stream(cu_seqlens.device).stream_id
-        if type(cu_seqlens) is not torch.Tensor or cu_seqlens.is_inference():  # which do not tell that they change
-            return function(cu_seqlens, *sizes)
         results = known.setdefault(cu_seqlens, {})
         key = (cu_seqlens._version, stream, *sizes)
         if key not in results:
