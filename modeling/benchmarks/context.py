@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from riverrun.modeling.benchmarks.layers import as_it_starts
 from riverrun.modeling.layout import Layout, rotary_tables
 from riverrun.modeling.mixers import MIXERS
 from riverrun.modeling.mixers.base import Mixer
@@ -87,14 +87,7 @@ class Sequence:
         with torch.device(self.device):
             layer = MIXERS[self.mixer](getattr(options, self.mixer), size, options.norm_eps)
             whole, upstream = (torch.randn(1, self.length, size).to(self.dtype) for _ in range(2))
-        for module in layer.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            elif (reset := getattr(module, "reset_parameters", None)) is not None:
-                reset()
-        for param in layer.parameters():
-            param.data = param.data if getattr(param, "keep_fp32", False) else param.data.to(self.dtype)
-        return layer, whole, upstream
+            return as_it_starts(layer, self.dtype), whole, upstream
 
     def _alone(self) -> Layout:
         places = torch.zeros(1, dtype=torch.int64, device=self.device)

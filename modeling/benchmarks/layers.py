@@ -51,14 +51,17 @@ def titans_lmm(case: Case) -> Mixer:
 def fresh(make: Make, case: Case) -> Mixer:
     """The mixer as it starts, its parameters in the types that training holds them in."""
     with torch.device(case.device):
-        mixer = make(case)
+        return as_it_starts(make(case), case.dtype)
+
+
+def as_it_starts(mixer: Mixer, dtype: torch.dtype) -> Mixer:
     for layer in mixer.modules():
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
         elif (reset := getattr(layer, "reset_parameters", None)) is not None:
             reset()
     for p in mixer.parameters():
-        p.data = p.data if getattr(p, "keep_fp32", False) else p.data.to(case.dtype)
+        p.data = p.data if getattr(p, "keep_fp32", False) else p.data.to(dtype)
     return mixer
 
 
