@@ -31,13 +31,14 @@ Write = Callable[[Any, Path], None]
 @dataclass(frozen=True)
 class Saved:
     """A checkpoint that is on disk. `stall` seconds of training were lost on rank 0, of `seconds` in all for writing
-    its `bytes` on all ranks."""
+    its `bytes` on all ranks. `undeleted`: why an older one is still there that was to be deleted before, or None."""
 
     step: int
     path: Path
     stall: float
     seconds: float
     bytes: int
+    undeleted: str | None
 
 
 @dataclass
@@ -133,22 +134,24 @@ class Saver:
         final = pending.partial.with_name(pending.partial.name.removesuffix(checkpoint.PARTIAL))
         size = 0
 
-        def publish() -> None:
+        def publish() -> str | None:
             if self.ranks.rank == 0:
                 entries = {name: entry for part in parts for name, entry in part.items()}
                 checkpoint.publish(pending.partial, final, pending.step, entries)
-                old, self._deleted = self._deleted, self._run(_delete, checkpoint.retire(self.run_dir, self.keep))
-                old.result()  # before this checkpoint was written: its errors are told now
+                before = self._deleted.exception()  # it came before this checkpoint in the thread: it is done
+                self._deleted = self._run(_delete, checkpoint.retire(self.run_dir, self.keep))
+                return None if before is None else str(before)
+            return None
 
         try:
             parts = checkpoint.together(pending.work.result, self.ranks)
             size = sum(entry.bytes for part in parts for entry in part.values())
-            checkpoint.together(publish, self.ranks)
+            undeleted, *_ = checkpoint.together(publish, self.ranks)
         except OSError:
             self._discard(pending.partial)
             raise
         now = time.perf_counter()
-        return Saved(pending.step, final, pending.stall + now - waited, now - pending.began, size)
+        return Saved(pending.step, final, pending.stall + now - waited, now - pending.began, size, undeleted)
 
     def close(self) -> None:
         """Without a `finish` before it, what is being written is left half-written, as a crash would leave it; and what

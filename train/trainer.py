@@ -411,6 +411,9 @@ class Trainer:
             write_seconds=round(saved.seconds, 3),
             bytes=saved.bytes,
         )
+        if saved.undeleted is not None:
+            what = f"WARNING: an older checkpoint could not be deleted: {saved.undeleted}. The next start tries again."
+            self.records.event("checkpoint not deleted", saved.step, what, style="bold red")
         self._stand("running")
 
     def _save_failed(self, step: int, error: OSError) -> None:

@@ -11,7 +11,7 @@ from riverrun.modeling.parallel.mesh import Axis
 
 def take_together(zero: Any, tp: Axis) -> None:
     """Makes `zero` add each gradient to its fp32 sum in one launch, instead of converting it first, and find the norm
-    and clip in one launch a parameter group. With the same bits, but for the norm's rounding."""
+    and clip in one launch a parameter group. The same but for rounding: of the norm, and of what is clipped by it."""
     one_by_one = zero.get_grads_for_norm
 
     @torch.no_grad()

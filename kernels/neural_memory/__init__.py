@@ -146,8 +146,9 @@ def write_memory(
     has_triton = one_chunk and kind_of(state.weights, layers, rule, norm_weight, packed=False) is not None
     with torch.autocast(k.device.type, enabled=False):
         if resolve_backend("write_memory", backend, k, T, has_triton=has_triton) == "triton":
-            q, nothing = torch.zeros_like(k), None
-            return neural_memory_triton(q, k, v, state, layers, rule, norm_weight, nothing, False, "root")[1]
+            return neural_memory_triton(  # reads are not left out: any will do
+                k, k, v, state, layers, rule, norm_weight, None, resumable=False, keep="root"
+            )[1]
         return write_chunk(k, v, state, layers, rule, norm_weight, delta)
 
 
