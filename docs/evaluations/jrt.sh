@@ -8,7 +8,7 @@
 # steps. Then mamba2 and gated_delta go on with plain texts of up to 32 lines, or, to learn to look for what they are
 # asked, with questions before reports of up to four lines, and mixed texts of up to 32 (jrt_texts.py). jrt_rnn, prefix
 # linear attention between Mamba-2 and windowed attention, has these two and its own objective. No text has a report
-# twice. About 8 minutes on one H200, estimated; several GPUs share the models.
+# twice. About 10 minutes on one or two H200, which the models share.
 # Writes to OUT: a folder for each model with the losses, and in it one for each number of lines with results.json and
 # jrt.png; the tables are in logs/eval-*.log.
 
@@ -17,7 +17,7 @@ source "$(dirname "$0")/jobs.sh"
 # Texts, and the lines of their reports at most.
 declare -A texts=([short]=300000 [asked]=200000 [plain]=100000 [mixed]=100000)
 declare -A lines=([short]=2 [asked]=4 [plain]=32 [mixed]=32)
-sizes=(8 16 32) items=400 limit=150 base=()
+sizes=(8 16 32) items=400 limit=250 base=()
 short=(train.steps=2000 data.seq_len=256 train.jrt.encoder_len=64 train.global_batch_size=32 train.micro_batch_size=32)
 if [[ $small ]]; then
   texts=([short]=400 [asked]=400 [plain]=200 [mixed]=200) sizes=(8) items=4

@@ -7,14 +7,14 @@
 #
 # TOKENIZER: a sentencepiece model of 8,192 tokens (`riverrun data tokenizer`). The text is the Python of torch,
 # transformers and sympy, about 40M tokens. Two models: decays as published, and retentive ones, a thousandth of them under
-# inputs as strong, by which a state goes on growing for hundreds to a million tokens. About 10 minutes on one H200,
-# estimated; two share the models.
+# inputs as strong, by which a state goes on growing for hundreds to a million tokens. 6 minutes on two H200, a model on
+# each, as long as other trainings share them.
 # Writes to OUT: curves.png, table.md, and a folder for each evaluation.
 
 source "$(dirname "$0")/jobs.sh"
 tokenizer=${1:?name a tokenizer: OUT=FOLDER length.sh TOKENIZER}
 
-packages=(torch transformers sympy) length=65536 limit=170 row=1024 base=()
+packages=(torch transformers sympy) length=65536 limit=300 row=1024 base=()
 more=(train.steps=300 optimizer.lr=5e-4 schedule.warmup_steps=5)
 if [[ $small ]]; then
   packages=(sympy.core) length=1024 row=128
@@ -36,7 +36,7 @@ base+=(data.train="$work/data/train" data.tokenizer="$tokenizer")
 evaluate() {
   local name=$1 run=$2
   shift 2
-  job "eval-${name//\//-}" 150 "${riverrun[@]}" eval length --model "$work/$run" --data "$work/data/held_out" --concatenate \
+  job "eval-${name//\//-}" 200 "${riverrun[@]}" eval length --model "$work/$run" --data "$work/data/held_out" --concatenate \
     --max-length "$length" --batch-size 8 --device "$device" --out "$OUT/$name" "$@"
 }
 
@@ -52,7 +52,7 @@ study() {
   train "$variant" "$limit" "$here/length.toml" "${base[@]}" "$@" || return
   for mode in off passing tbtt; do
     {
-      train "$variant-$mode" 90 "$here/length.toml" "${base[@]}" "${more[@]}" "$@" train.init_from="$work/$variant" \
+      train "$variant-$mode" 150 "$here/length.toml" "${base[@]}" "${more[@]}" "$@" train.init_from="$work/$variant" \
         train.state_passing.mode="$mode" && evaluate "$variant/$mode" "$variant-$mode"
     } &
   done

@@ -426,7 +426,10 @@ def test_writing_leaves_what_a_loop_over_the_chunk_does(name):
 
 
 def gradients(state, inputs):
-    loss = sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape)).sum() for x in leaves(state))
+    loss = sum(
+        (x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).view(x.shape)).sum()
+        for x in leaves(state)
+    )
     return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
 
 
