@@ -28,11 +28,12 @@ class RMSNorm(nn.Module):
 
 
 class ShortConv(nn.Module):
-    """Depthwise causal convolution over time, followed by SiLU. Called by `short_convs`."""
+    """Depthwise causal convolution over time, followed by SiLU, and scaled to unit length by every `unit` channels if
+    that is given. Called by `short_convs`."""
 
-    def __init__(self, dim: int, kernel: int, bias: bool):
+    def __init__(self, dim: int, kernel: int, bias: bool, unit: int | None = None):
         super().__init__()
-        self.taps = kernel
+        self.taps, self.unit = kernel, unit
         self.weight = nn.Parameter(torch.empty(dim, kernel))
         self.bias = nn.Parameter(torch.empty(dim)) if bias else None
 
@@ -45,7 +46,7 @@ class ShortConv(nn.Module):
     def forward(self, x: torch.Tensor, initial: torch.Tensor | None, cu_seqlens: torch.Tensor | None):
         """x (B, T, dim), and the inputs before each sequence (S, taps − 1, dim) → the same, and the last inputs."""
         return causal_conv1d(
-            x, self.weight, self.bias, activation="silu", initial_state=initial, cu_seqlens=cu_seqlens
+            x, self.weight, self.bias, activation="silu", unit=self.unit, initial_state=initial, cu_seqlens=cu_seqlens
         )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from riverrun.kernels.common.memory_rule import curvature
-from riverrun.kernels.gated_rms_norm import gated_rms_norm
+from riverrun.kernels.memory_gates import Logits, memory_gates
 from riverrun.kernels.neural_memory import Gates, MemoryState, fresh_state, neural_memory, write_memory
 from riverrun.modeling.layers import ShortConv, at_least_fp32, fp32_parameter, short_convs
 from riverrun.modeling.layout import Layout
@@ -49,7 +49,8 @@ class NeuralMemory(nn.Module):
         H, D = o.num_heads, o.head_dim
         for name in "qkv":
             self.add_module(f"{name}_proj", nn.Linear(hidden_size, H * D, bias=False))
-            self.add_module(f"{name}_conv", ShortConv(H * D, o.conv_kernel, bias=False))
+            unit = D if name != "v" and o.feature_degree == 1 else None
+            self.add_module(f"{name}_conv", ShortConv(H * D, o.conv_kernel, bias=False, unit=unit))
         for i, size in enumerate(o.layer_sizes):
             self.register_parameter(f"memory_{i}", nn.Parameter(torch.empty(H, *size)))
         self.norm_gain = nn.Parameter(torch.empty(H, D)) if o.norm and not o.is_linear else None
@@ -64,19 +65,28 @@ class NeuralMemory(nn.Module):
                 self.add_module(f"{name}_proj", nn.Linear(hidden_size, self._copies(name) * H, bias=False))
             self.register_parameter(f"{name}_bias", fp32_parameter(self._copies(name), H))
 
+    def project(self, x: torch.Tensor, *beside: nn.Linear) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, ...]]:
+        """What `forward` takes of x (B, T, hidden_size), by name; and what other layers make of x."""
+        layers: dict[str, nn.Linear] = {name: getattr(self, f"{name}_proj") for name in "qkv"}
+        for name in self._gates():
+            layers[name] = getattr(self, f"{name}_down" if self._per_output(name) else f"{name}_proj")
+        made = project(x, *layers.values(), *beside)
+        return dict(zip(layers, made)), made[len(layers) :]
+
     def forward(
         self,
-        x: torch.Tensor,
+        parts: Mapping[str, torch.Tensor],
         layout: Layout,
         states: dict[str, torch.Tensor] | None = None,
         persistent: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x (B, T, hidden_size), or (1, B·T, hidden_size) if packed; persistent (P, hidden_size) tokens."""
+        """What `project` makes of x (B, T, hidden_size), or (1, B·T, hidden_size) if packed; persistent
+        (P, hidden_size) tokens."""
 
         def convolve(**convs: tuple[ShortConv, torch.Tensor]) -> list[torch.Tensor]:
             return short_convs(layout, states, **convs)
 
-        inputs = self.inputs(x, convolve)
+        inputs = self.inputs(parts, convolve)
         start = self.start(persistent)
         if layout.context is not None:
             from riverrun.modeling.parallel.neural_memory import context_neural_memory
@@ -84,14 +94,14 @@ class NeuralMemory(nn.Module):
             return context_neural_memory(layout.context, self, inputs, start)
         place = None
         if states and "memory_place" in states:
-            place = layout.initial(states, "memory_place", torch.zeros(1, device=x.device))
+            place = layout.initial(states, "memory_place", torch.zeros(1, device=inputs.v.device))
         before = initial_state(layout, states, start, place)
         y, state = self.run(inputs, before, place, layout.cu_seqlens, resumable=states is not None)
         if is_wanted(self):
             self._note(inputs, layout, before, state)
         if states is not None:
-            place = x.new_zeros(layout.num_sequences, dtype=torch.float32) if place is None else place
-            lengths = x.shape[1] if layout.cu_seqlens is None else layout.cu_seqlens.diff()
+            place = inputs.v.new_zeros(layout.num_sequences, dtype=torch.float32) if place is None else place
+            lengths = inputs.v.shape[1] if layout.cu_seqlens is None else layout.cu_seqlens.diff()
             # 1 to b tokens of the chunk that the last one is in: never 0, which is that of a row without any
             states["memory_place"] = layout.last((place + lengths - 1) % self.options.chunk_size + 1)
             states.update({name: layout.last(part) for name, part in as_dict(state).items()})
@@ -117,23 +127,19 @@ class NeuralMemory(nn.Module):
 
         note_memory(k, v, valid, of_rows(before), of_rows(after), self.options.rule, self.norm_gain)
 
-    def inputs(self, x: torch.Tensor, convolve: Convolve) -> MemoryInputs:
-        """`convolve` takes pairs of a `ShortConv` and its input, by name, and returns the outputs."""
+    def inputs(self, parts: Mapping[str, torch.Tensor], convolve: Convolve) -> MemoryInputs:
+        """Of what `project` made; `convolve` takes pairs of a `ShortConv` and its input, by name, and returns the
+        outputs."""
         o = self.options
-        layers = {name: getattr(self, f"{name}_proj") for name in "qkv"}
-        for name in self._gates():
-            layers[name] = getattr(self, f"{name}_down" if self._per_output(name) else f"{name}_proj")
-        parts = dict(zip(layers, project(x, *layers.values())))
         q, k, v = convolve(**{f"{name}_conv": (getattr(self, f"{name}_conv"), parts[name]) for name in "qkv"})
         q, k, v = (t.unflatten(-1, (-1, o.head_dim)) for t in (q, k, v))
-        logits = {name: self._logits(name, parts[name]) for name in self._gates()}
         return MemoryInputs(
             self.features(q).to(v.dtype),
             self.features(k).to(v.dtype),
             v,
-            self._memory_gates(logits),
-            F.softplus(logits["delta"][0]) if "delta" in logits else None,
-            logits["gamma"][0].sigmoid() if "gamma" in logits else None,
+            self._memory_gates(parts),
+            F.softplus(self._logits("delta", parts)) if "delta" in parts else None,
+            self._logits("gamma", parts).sigmoid() if "gamma" in parts else None,
         )
 
     def run(
@@ -179,7 +185,7 @@ class NeuralMemory(nn.Module):
         def convolve(**convs: tuple[ShortConv, torch.Tensor]) -> list[torch.Tensor]:
             return [conv(x, None, None)[0] for conv, x in convs.values()]
 
-        inputs = self.inputs(persistent[None], convolve)
+        inputs = self.inputs(self.project(persistent[None])[0], convolve)
         if o.omega_window > 1 or o.newton_schulz:
             _, state = self.run(inputs, None, chunk_size=len(persistent))
         else:
@@ -268,29 +274,39 @@ class NeuralMemory(nn.Module):
         each = self.options.gates != "head" and name in ("alpha", "theta", "eta")
         return len(self.options.layer_sizes) if each else 1
 
-    def _logits(self, name: str, x: torch.Tensor) -> list[torch.Tensor]:
-        """Per layer of the memory, or one for all: (B, T, H), or (B, T, H, out)."""
-        bias = at_least_fp32(getattr(self, f"{name}_bias"))
-        if self._per_output(name):
-            ups = getattr(self, f"{name}_up")
-            logits = [at_least_fp32(up(x)).unflatten(-1, (len(b), -1)) + b[:, None] for up, b in zip(ups, bias)]
-            return [*(x.squeeze(-1) for x in logits[:-1]), logits[-1]]
-        logits = at_least_fp32(x).unflatten(-1, bias.shape) + bias
-        return list(logits.unbind(-2)) if len(bias) > 1 else [logits.squeeze(-2)]  # whose gradient is no copy
+    def _logits(self, name: str, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """(B, T, H), of a gate that has one a head."""
+        return at_least_fp32(parts[name]) + at_least_fp32(getattr(self, f"{name}_bias"))[0]
 
-    def _memory_gates(self, logits: Mapping[str, list[torch.Tensor]]) -> tuple[Gates, ...]:
-        gates = []
-        for i in range(len(logits["alpha"])):
-            alpha, theta = logits["alpha"][i], logits["theta"][i].sigmoid()
-            eta = logits["eta"][i] if "eta" in logits else None
-            log_momentum = None if eta is None else F.logsigmoid(eta)
-            cap = self.largest_step(torch.zeros_like(theta) if eta is None else eta.sigmoid())
-            cap = cap[..., None] if cap.dim() < theta.dim() else cap
-            gates.append(Gates(F.logsigmoid(-alpha), theta * cap, log_momentum))
-        return tuple(gates * (len(self.weights) if len(gates) == 1 else 1))
+    def _memory_gates(self, parts: Mapping[str, torch.Tensor]) -> tuple[Gates, ...]:
+        layers, names = len(self.weights), [name for name in Logits._fields if name in parts]
+        biases: dict[str, torch.Tensor] = {name: getattr(self, f"{name}_bias") for name in names}
+        scale, shrink = self.largest_step()
 
-    def largest_step(self, eta: torch.Tensor) -> torch.Tensor:
-        """The cap of θ by the momentum η that there is; see `NeuralMemoryOptions.step_cap`.
+        def gates(logits: Mapping[str, torch.Tensor], biases: Mapping[str, torch.Tensor]) -> Gates:
+            return Gates(*memory_gates(Logits(**logits), Logits(**biases), scale=scale, shrink=shrink))
+
+        if self._per_output("alpha"):
+
+            def of_layer(i: int, name: str) -> torch.Tensor:
+                """(B, T, H), or of the last layer's outputs (B, T, H, out)."""
+                if not self._per_output(name):
+                    return parts[name].unflatten(-1, (layers, -1))[..., i, :]
+                x = getattr(self, f"{name}_up")[i](parts[name])
+                return x.unflatten(-1, (biases[name].shape[1], -1)) if i == layers - 1 else x
+
+            return tuple(
+                gates({n: of_layer(i, n) for n in names}, {n: bias[i] for n, bias in biases.items()})
+                for i in range(layers)
+            )
+        made = gates({n: parts[n] for n in names}, {n: bias.flatten() for n, bias in biases.items()})
+        if (copies := self._copies("alpha")) == 1:
+            return (made,) * layers
+        each = ([None] * copies if x is None else x.unflatten(-1, (copies, -1)).unbind(-2) for x in made)
+        return tuple(Gates(*gates) for gates in zip(*each))
+
+    def largest_step(self) -> tuple[float, bool]:
+        """The cap of θ without a momentum, and whether it is times 1 − η with one; see `NeuralMemoryOptions.step_cap`.
 
         A step along one key of unit length in a chunk of b scales the error by 1 − b κ θ / (1 − η) in the end if all
         keys are equal, κ being the memory's curvature as it starts (`curvature`), and by up to
@@ -302,20 +318,20 @@ class NeuralMemory(nn.Module):
         """
         o = self.options
         if o.step_cap == "none":
-            return torch.ones_like(eta)
+            return 1.0, False
         if o.newton_schulz:
-            return torch.full_like(eta, 1 / o.chunk_size)
+            return 1 / o.chunk_size, False
         keys = float(o.chunk_size)
         if o.step_cap == "random" and o.chunk_size > 1:
             keys = (1 + math.sqrt(o.chunk_size / o.feature_dim)) ** 2
         steepest = keys * o.omega_window * curvature(o.layer_sizes, o.norm and not o.is_linear, o.gated)
-        return (1 - eta) * (2 / steepest)
+        return 2 / steepest, o.momentum
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, H, head_dim) → unit length, or that of powers (B, T, H, degree · head_dim)."""
-        if self.feature_scale is None:  # in one pass over memory on a GPU; torch's own takes several times that
-            size = x.shape[-1]
-            return gated_rms_norm(x, None, x.new_full((size,), size**-0.5), eps=EPS / size)
+        """(B, T, H, head_dim) as the convolution of queries or keys leaves it → the same, which has unit length; or of
+        powers unit length too (B, T, H, degree · head_dim)."""
+        if self.feature_scale is None:
+            return x
         x = _unit(at_least_fp32(x))
         return _unit(torch.cat([scale * x ** (i + 1) for i, scale in enumerate(self.feature_scale)], dim=-1))
 

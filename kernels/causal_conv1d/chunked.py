@@ -10,6 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from riverrun.kernels.causal_conv1d.reference import to_unit
 from riverrun.kernels.common.chunks import sequence_bounds
 
 
@@ -20,12 +21,18 @@ def causal_conv1d_chunked(
     silu: bool,
     initial_state: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
+    unit: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`riverrun.kernels.causal_conv1d.causal_conv1d`; `initial_state` has the dtype of `x`."""
     T, tail = x.shape[1], weight.shape[1] - 1
+
+    def convolve(row: torch.Tensor) -> torch.Tensor:
+        y = _Convolution.apply(row, weight, bias, silu)
+        return y if unit is None else to_unit(y, unit)
+
     if cu_seqlens is None:
         row = torch.cat([initial_state, x], dim=1)  # (B, W - 1 + T, D)
-        return _Convolution.apply(row, weight, bias, silu).to(x.dtype), row[:, T:].contiguous()
+        return convolve(row).to(x.dtype), row[:, T:].contiguous()
 
     bounds = sequence_bounds(x, cu_seqlens).to(x.device)
     sequence = torch.arange(len(bounds) - 1, device=x.device)
@@ -35,7 +42,7 @@ def causal_conv1d_chunked(
     place = token + torch.searchsorted(bounds, token, right=True) * tail  # of each token in the long row
     source = torch.cat([state_place.flatten(), place]).argsort()
     row = torch.cat([initial_state.flatten(0, 1), x[0]]).index_select(0, source)  # (S (W - 1) + T, D)
-    y = _Convolution.apply(row[None], weight, bias, silu)
+    y = convolve(row[None])
     # the output at a token's place stands W - 1 places earlier
     y = y[0].index_select(0, place - tail)[None].to(x.dtype)
     return y, row.index_select(0, final_place.flatten()).view(len(bounds) - 1, tail, x.shape[2])

@@ -6,6 +6,14 @@ import torch
 
 from riverrun.kernels.common.chunks import sequence_bounds
 
+UNIT_EPS = 1e-6  # of squared lengths
+
+
+def to_unit(y: torch.Tensor, size: int) -> torch.Tensor:
+    """y (…, D) with every `size` neighbouring channels scaled to unit length, y / √(Σ y² + 1e-6)."""
+    heads = y.unflatten(-1, (-1, size))
+    return (heads * (heads.square().sum(-1, keepdim=True) + UNIT_EPS).rsqrt()).flatten(-2)
+
 
 def causal_conv1d_reference(
     x: torch.Tensor,

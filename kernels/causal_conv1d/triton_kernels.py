@@ -13,13 +13,31 @@ groups lie inside, with all the inputs that they reach, and need no mask. Those 
 sequence and the distances to the sequence's ends: rows of a batch know them, packed documents have them in a table
 (`document_positions`). What is carried from token to token is inputs and sums only: no load waits for another.
 
+Where outputs are scaled to unit length, a program owns whole units, for whose sums a few threads meet at every token. A
+unit of a number of channels that is no power of 2 is padded to one; the places too many are channel D, which is masked
+everywhere.
+
 Numbers of tokens and documents are not specialised on: they change from batch to batch, and none is part of a stride.
 """
 
 import triton
 import triton.language as tl
 
+from riverrun.kernels.causal_conv1d.reference import UNIT_EPS
 from riverrun.kernels.common.triton_math import sigmoid
+
+EPS = tl.constexpr(UNIT_EPS)
+
+
+@triton.jit
+def _channels(D: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr, UNIT_P: tl.constexpr):
+    """Which lane, or sequence, this program is of, and its channels d."""
+    width: tl.constexpr = D // UNIT * UNIT_P if UNIT else D
+    columns: tl.constexpr = (width + BD - 1) // BD
+    d = (tl.program_id(0) % columns) * BD + tl.arange(0, BD)
+    if UNIT != UNIT_P:
+        d = tl.where(d % UNIT_P < UNIT, d // UNIT_P * UNIT + d % UNIT_P, D)
+    return tl.program_id(0) // columns, d
 
 
 @triton.jit
@@ -108,10 +126,35 @@ def _push(window, x, W: tl.constexpr):
 
 
 @triton.jit
-def _silu_slope(z):
-    """d silu(z) / dz."""
-    s = sigmoid(z)
-    return s * (1.0 + z * (1.0 - s))
+def _sums(x, UNIT_P: tl.constexpr):
+    """Over each unit's channels, for every one of them."""
+    units = tl.reshape(x, [x.shape[0] // UNIT_P, UNIT_P])
+    return tl.reshape(tl.broadcast_to(tl.sum(units, 1, keep_dims=True), units.shape), x.shape)
+
+
+@triton.jit
+def _activate(z, SILU: tl.constexpr, UNIT_P: tl.constexpr):
+    """What comes out, of what the taps sum to."""
+    if SILU:
+        z *= sigmoid(z)
+    if UNIT_P:
+        z *= tl.rsqrt(_sums(z * z, UNIT_P) + EPS)
+    return z
+
+
+@triton.jit
+def _through_activation(g, z, SILU: tl.constexpr, UNIT_P: tl.constexpr):
+    """The gradient g of what comes out → that of what the taps sum to, z. For y = u / r, r² = Σ u² + ε, it is that of
+    u, (g − y Σ g y) / r, first."""
+    s = sigmoid(z) if SILU else 1.0
+    if UNIT_P:
+        u = z * s
+        scale = tl.rsqrt(_sums(u * u, UNIT_P) + EPS)
+        u *= scale
+        g = scale * (g - u * _sums(g * u, UNIT_P))
+    if SILU:
+        g *= s * (1.0 + z * (1.0 - s))
+    return g
 
 
 @triton.jit
@@ -160,15 +203,15 @@ def forward_kernel(
     D: tl.constexpr,
     W: tl.constexpr,
     SILU: tl.constexpr,
+    UNIT: tl.constexpr,  # channels that are scaled to unit length together; 0: none are
+    UNIT_P: tl.constexpr,  # the least power of 2 from there
     HAS_BIAS: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     PACKED: tl.constexpr,
     BD: tl.constexpr,
     U: tl.constexpr,
 ):
-    columns: tl.constexpr = (D + BD - 1) // BD
-    lane = tl.program_id(0) // columns
-    d = (tl.program_id(0) % columns) * BD + tl.arange(0, BD)
+    lane, d = _channels(D, BD, UNIT, UNIT_P)
     if lane < lanes:
         taps, offset = _taps(weight, bias, d, D, W, HAS_BIAS)
         chunks = tl.cdiv(T, length)
@@ -186,8 +229,7 @@ def forward_kernel(
                 for j in tl.static_range(U):
                     x_t = group[j].to(tl.float32)
                     z = _convolve(window, x_t, taps, offset, W)
-                    if SILU:
-                        z *= sigmoid(z)
+                    z = _activate(z, SILU, UNIT_P)
                     tl.store(p_y + j * D, z.to(y.dtype.element_ty), mask=d < D)
                     window = _push(window, x_t, W)
             else:
@@ -195,8 +237,7 @@ def forward_kernel(
                     s, since, _ = _place(positions, b, t + j, T, PACKED)
                     x_t = tl.load(p_x + j * stride, mask=d < D, other=0.0).to(tl.float32)
                     z = _convolve(_own(window, initial, s, since, d, D, W, HAS_INITIAL), x_t, taps, offset, W)
-                    if SILU:
-                        z *= sigmoid(z)
+                    z = _activate(z, SILU, UNIT_P)
                     tl.store(p_y + j * D, z.to(y.dtype.element_ty), mask=d < D)
                     window = _push(window, x_t, W)
             p_x += U * stride
@@ -248,6 +289,8 @@ def backward_kernel(
     D: tl.constexpr,
     W: tl.constexpr,
     SILU: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNIT_P: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     HAS_FINAL: tl.constexpr,
@@ -255,9 +298,7 @@ def backward_kernel(
     BD: tl.constexpr,
     U: tl.constexpr,
 ):
-    columns: tl.constexpr = (D + BD - 1) // BD
-    lane = tl.program_id(0) // columns
-    d = (tl.program_id(0) % columns) * BD + tl.arange(0, BD)
+    lane, d = _channels(D, BD, UNIT, UNIT_P)
     taps, offset = _taps(weight, bias, d, D, W, HAS_BIAS)
 
     owned = steps - (W - 1)
@@ -290,8 +331,8 @@ def backward_kernel(
             for j in tl.static_range(U):
                 x_t = group[j].to(tl.float32)
                 g = grads[j].to(tl.float32)
-                if SILU:
-                    g *= _silu_slope(_convolve(window, x_t, taps, offset, W))
+                if SILU or UNIT:
+                    g = _through_activation(g, _convolve(window, x_t, taps, offset, W), SILU, UNIT_P)
                 sums = _add_sums(sums, g, window, x_t, W)
                 pending, done = _add_pending(pending, g * taps[W - 1], g, since, taps, W, False)
                 own_output = _only_if(t + j - (W - 1) >= begin, d, D)
@@ -304,8 +345,8 @@ def backward_kernel(
                 x_t = tl.load(p_x + j * stride, mask=within, other=0.0).to(tl.float32)
                 g = tl.load(p_grad + j * grad_stride, mask=within, other=0.0).to(tl.float32)
                 own = _own(window, initial, s, since, d, D, W, HAS_INITIAL)
-                if SILU:
-                    g *= _silu_slope(_convolve(own, x_t, taps, offset, W))
+                if SILU or UNIT:
+                    g = _through_activation(g, _convolve(own, x_t, taps, offset, W), SILU, UNIT_P)
                 by_x = g * taps[W - 1]
                 if HAS_FINAL:
                     p_final = grad_final + (s.to(tl.int64) * (W - 1) + (W - 1 - until)) * D + d
@@ -343,15 +384,15 @@ def initial_gradient_kernel(
     D: tl.constexpr,
     W: tl.constexpr,
     SILU: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNIT_P: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_FINAL: tl.constexpr,
     PACKED: tl.constexpr,
     BD: tl.constexpr,
 ):
     """The first W − 1 tokens of a sequence again, for the gradient of what stood before them."""
-    columns: tl.constexpr = (D + BD - 1) // BD
-    d = (tl.program_id(0) % columns) * BD + tl.arange(0, BD)
-    s = tl.program_id(0) // columns
+    s, d = _channels(D, BD, UNIT, UNIT_P)
     taps, offset = _taps(weight, bias, d, D, W, HAS_BIAS)
     first, length = _bounds(cu_seqlens, s, T, PACKED)
     state = s.to(tl.int64) * ((W - 1) * D) + d
@@ -368,8 +409,8 @@ def initial_gradient_kernel(
         within = _only_if(length > t, d, D)
         x_t = tl.load(x + (first + t) * stride + d, mask=within, other=0.0).to(tl.float32)
         g = tl.load(grad_y + (first + t) * grad_stride + d, mask=within, other=0.0).to(tl.float32)
-        if SILU:
-            g *= _silu_slope(_convolve(window, x_t, taps, offset, W))
+        if SILU or UNIT:
+            g = _through_activation(g, _convolve(window, x_t, taps, offset, W), SILU, UNIT_P)
         window = _push(window, x_t, W)
         grown = ()
         for k in tl.static_range(W - 1):

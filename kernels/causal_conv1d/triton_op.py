@@ -40,9 +40,10 @@ class Launch:
         return B * ceil_div(T, self.steps - overlap)
 
     @lru_cache(maxsize=256)  # noqa: B019 - of the two launches below, which stay
-    def fitted(self, B: int, T: int, D: int, overlap: int, multiprocessors: int) -> "Launch":
-        """For D channels; with shorter lanes where these would leave the device idle."""
-        launch = replace(self, channels=min(self.channels, power_of_2_from(D)))
+    def fitted(self, B: int, T: int, D: int, unit: int, overlap: int, multiprocessors: int) -> "Launch":
+        """For D channels, those of a unit all in one program; with shorter lanes where these would leave the device
+        idle."""
+        launch = replace(self, channels=max(unit, min(self.channels, power_of_2_from(D))))
         warps = ceil_div(D, launch.channels) * launch.warps
         while launch.steps > SHORTEST and launch.lanes(B, T, overlap) * warps < FULL * multiprocessors:
             launch = replace(launch, steps=launch.steps // 2)
@@ -65,6 +66,12 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def _padded(D: int, unit: int | None) -> tuple[int, int]:
+    """The channels of a unit (0: there are none) and of all, where those of a unit are padded to a power of 2."""
+    size = 0 if unit is None else power_of_2_from(unit)
+    return size, D if unit is None else D // unit * size
+
+
 def convolve(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -72,19 +79,21 @@ def convolve(
     silu: bool,
     initial: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    unit: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """→ y (B, T, D), final state (S, W − 1, D), both in the dtype of `x`."""
     (B, T, D), W = x.shape, weight.shape[1]
     S = B if cu_seqlens is None else len(cu_seqlens) - 1
-    launch = FORWARD.fitted(B, T, D, 0, multiprocessors(x))
+    size, width = _padded(D, unit)
+    launch = FORWARD.fitted(B, T, width, size, 0, multiprocessors(x))
     rows = _rows(x)
     y, final = x.new_empty(B, T, D), x.new_empty(S, W - 1, D)
     lanes = launch.lanes(B, T, 0)
     bounds, positions = (y, y) if cu_seqlens is None else (cu_seqlens, document_positions(cu_seqlens, T))
-    forward_kernel[((lanes + S) * ceil_div(D, launch.channels),)](
+    forward_kernel[((lanes + S) * ceil_div(width, launch.channels),)](
         rows, weight, weight if bias is None else bias, final if initial is None else initial,
         bounds, positions, y, final, T, rows.stride(0), launch.steps, lanes,
-        D=D, W=W, SILU=silu, HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None,
+        D=D, W=W, SILU=silu, UNIT=unit or 0, UNIT_P=size, HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None,
         PACKED=cu_seqlens is not None, U=launch.group, **launch.options,
     )  # fmt: skip
     return y, final
@@ -99,14 +108,16 @@ def convolve_backward(
     silu: bool,
     initial: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    unit: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """→ the gradients of x, of weight and bias (W + 1, D) in float32, and of the initial state (empty if none)."""
     (B, T, D), W = x.shape, weight.shape[1]
     S = B if cu_seqlens is None else len(cu_seqlens) - 1
-    launch = BACKWARD.fitted(B, T, D, W - 1, multiprocessors(x))
+    size, width = _padded(D, unit)
+    launch = BACKWARD.fitted(B, T, width, size, W - 1, multiprocessors(x))
     rows, grad_rows = _rows(x), _rows(grad_y)
     grad_x = x.new_empty(B, T, D)
-    columns, lanes = ceil_div(D, launch.channels), launch.lanes(B, T, W - 1)
+    columns, lanes = ceil_div(width, launch.channels), launch.lanes(B, T, W - 1)
     shares = x.new_empty(lanes, W + 1, D, dtype=torch.float32)
     grad_initial = x.new_empty(0 if initial is None else initial.shape)
     tensors = (
@@ -116,7 +127,7 @@ def convolve_backward(
     bounds, positions = (grad_x, grad_x) if cu_seqlens is None else (cu_seqlens, document_positions(cu_seqlens, T))
     strides = grad_rows.stride(0), rows.stride(0)
     options = launch.options | {
-        "D": D, "W": W, "SILU": silu,
+        "D": D, "W": W, "SILU": silu, "UNIT": unit or 0, "UNIT_P": size,
         "HAS_BIAS": bias is not None, "HAS_FINAL": grad_final is not None, "PACKED": cu_seqlens is not None,
     }  # fmt: skip
     backward_kernel[(lanes * columns,)](
@@ -129,7 +140,13 @@ def convolve_backward(
 
 
 def check(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool, has_initial: bool, packed: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    silu: bool,
+    has_initial: bool,
+    packed: bool,
+    unit: int | None,
 ) -> None:
     """The self-check of the kernels for such tensors."""
     D, W = weight.shape
@@ -143,14 +160,15 @@ def check(
             offset = draw(D).to(bias.dtype)
         initial = draw(S, W - 1, D).to(x.dtype) if has_initial else None
         upstream = draw(B, T, D).to(x.dtype)
-        grad_x, shares, grad_initial = convolve_backward(upstream, None, u, taps, offset, silu, initial, cu_seqlens)
-        got = [*convolve(u, taps, offset, silu, initial, cu_seqlens), grad_x, shares[:W].T]
+        rest = silu, initial, cu_seqlens, unit
+        grad_x, shares, grad_initial = convolve_backward(upstream, None, u, taps, offset, *rest)
+        got = [*convolve(u, taps, offset, *rest), grad_x, shares[:W].T]
         got += [] if bias is None else [shares[W]]
         got += [] if initial is None else [grad_initial]
 
         def chunked(x, weight, bias, initial):
             initial = x.new_zeros(S, W - 1, D) if initial is None else initial
-            return causal_conv1d_chunked(x, weight, bias, silu, initial, cu_seqlens)
+            return causal_conv1d_chunked(x, weight, bias, silu, initial, cu_seqlens, unit)
 
         return deviation(got, in_double(chunked, (u, taps, offset, initial), upstream))
 
@@ -158,6 +176,7 @@ def check(
         "D": D,
         "W": W,
         "silu": silu,
+        "unit": unit,
         "bias": bias is not None,
         "initial": has_initial,
         "packed": packed,
@@ -174,14 +193,15 @@ def _forward(
     silu: bool,
     initial: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    unit: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if is_due(x):
-        check(x, weight, bias, silu, initial is not None, cu_seqlens is not None)
-    return convolve(x, weight, bias, silu, initial, cu_seqlens)
+        check(x, weight, bias, silu, initial is not None, cu_seqlens is not None, unit)
+    return convolve(x, weight, bias, silu, initial, cu_seqlens, unit)
 
 
 @_forward.register_fake
-def _(x, weight, bias, silu, initial, cu_seqlens):
+def _(x, weight, bias, silu, initial, cu_seqlens, unit):
     B, T, D = x.shape
     S = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return x.new_empty(B, T, D), x.new_empty(S, weight.shape[1] - 1, D)
@@ -197,18 +217,19 @@ def _backward(
     silu: bool,
     initial: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    unit: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return convolve_backward(grad_y, grad_final, x, weight, bias, silu, initial, cu_seqlens)
+    return convolve_backward(grad_y, grad_final, x, weight, bias, silu, initial, cu_seqlens, unit)
 
 
 @_backward.register_fake
-def _(grad_y, grad_final, x, weight, bias, silu, initial, cu_seqlens):
+def _(grad_y, grad_final, x, weight, bias, silu, initial, cu_seqlens, unit):
     shares = x.new_empty(weight.shape[1] + 1, x.shape[2], dtype=torch.float32)
     return x.new_empty(x.shape), shares, x.new_empty(0 if initial is None else initial.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, ctx.silu, initial, cu_seqlens = inputs
+    x, weight, bias, ctx.silu, initial, cu_seqlens, ctx.unit = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, initial, cu_seqlens)
 
@@ -217,7 +238,8 @@ def _gradient(ctx, grad_y, grad_final):
     x, weight, bias, initial, cu_seqlens = ctx.saved_tensors
     grad_y = x.new_zeros(x.shape) if grad_y is None else grad_y
     grad_final = None if grad_final is None else grad_final.contiguous()
-    grad_x, shares, grad_initial = _backward(grad_y, grad_final, x, weight, bias, ctx.silu, initial, cu_seqlens)
+    rest = ctx.silu, initial, cu_seqlens, ctx.unit
+    grad_x, shares, grad_initial = _backward(grad_y, grad_final, x, weight, bias, *rest)
     grad_weight, grad_bias = shares.split([weight.shape[1], 1])
     return (
         grad_x,
@@ -225,6 +247,7 @@ def _gradient(ctx, grad_y, grad_final):
         None if bias is None else grad_bias[0].to(bias.dtype),
         None,
         None if initial is None else grad_initial,
+        None,
         None,
     )
 
@@ -239,6 +262,7 @@ def causal_conv1d_triton(
     silu: bool,
     initial_state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    unit: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`riverrun.kernels.causal_conv1d.causal_conv1d`; `initial_state` has the dtype of `x`.
 
@@ -252,4 +276,4 @@ def causal_conv1d_triton(
                 f"cu_seqlens describes documents packed into one row: expected batch size 1, got {x.shape[0]}"
             )
         cu_seqlens = cu_seqlens.to(x.device).contiguous()
-    return _forward(x, weight.contiguous(), bias, silu, initial_state, cu_seqlens)
+    return _forward(x, weight.contiguous(), bias, silu, initial_state, cu_seqlens, unit)

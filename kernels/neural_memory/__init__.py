@@ -4,6 +4,7 @@ Titans (arXiv 2501.00663), Miras (2504.13173) and ATLAS (2505.23735) are setting
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import get_args
 
 import torch
@@ -14,7 +15,7 @@ from riverrun.kernels.neural_memory.chunked import neural_memory_chunked, write_
 from riverrun.kernels.neural_memory.network import read, weights_of
 from riverrun.kernels.neural_memory.reference import neural_memory_reference
 from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Weights, fresh_state
-from riverrun.kernels.neural_memory.triton_path import Keep, kind_of, neural_memory_triton
+from riverrun.kernels.neural_memory.triton_path import Keep, kind_of, linear_chunk_of, neural_memory_triton
 
 __all__ = ["Gates", "MemoryState", "Rule", "fresh_state", "neural_memory", "read_memory", "write_memory"]
 
@@ -134,7 +135,7 @@ def write_memory(
         state: of one sequence (S = 1), at a chunk's start.
         gates: of every layer, (1, T, H) or (1, T, H, out).
         backend: "auto", "chunked" or "triton" (see `resolve_backend`). Triton's kernels take tokens that are no more
-            than a chunk of the rule's, and are launched as for one that is read.
+            than a chunk of the rule's, of the online rule up to 128, and are launched as for one that is read.
 
     Raises:
         ValueError: a rule with a window or with orthogonal updates, or a backend that there is not.
@@ -142,12 +143,13 @@ def write_memory(
     if rule.window > 1 or rule.newton_schulz:
         raise ValueError("write_memory: windows and orthogonal updates need neural_memory")
     layers, T = tuple(gates), k.shape[1]
-    one_chunk = 1 < T <= rule.chunk_size and rule.read != "chunk"
-    has_triton = one_chunk and kind_of(state.weights, layers, rule, norm_weight, packed=False) is not None
+    as_one = rule if rule.chunk_size > 1 else replace(rule, chunk_size=linear_chunk_of(T))
+    one_chunk = 1 < T <= as_one.chunk_size and rule.read != "chunk"
+    has_triton = one_chunk and kind_of(state.weights, layers, as_one, norm_weight, packed=False) is not None
     with torch.autocast(k.device.type, enabled=False):
         if resolve_backend("write_memory", backend, k, T, has_triton=has_triton) == "triton":
             return neural_memory_triton(  # reads are not left out: any will do
-                k, k, v, state, layers, rule, norm_weight, None, resumable=False, keep="root"
+                k, k, v, state, layers, as_one, norm_weight, None, resumable=False, keep="root"
             )[1]
         return write_chunk(k, v, state, layers, rule, norm_weight, delta)
 

@@ -41,6 +41,11 @@ def kind_of(
     return "two layers" if fits and rule.chunk_size in MLP_CHUNKS else None
 
 
+def linear_chunk_of(tokens: int) -> int:
+    """The least chunk that linear memories' kernels have, with room for the tokens; the largest if none has."""
+    return next((size for size in LINEAR_CHUNKS if size >= tokens), LINEAR_CHUNKS[-1])
+
+
 def neural_memory_triton(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -17,6 +17,7 @@ from riverrun.kernels.benchmarks.benchmark import Benchmark, Case, Contender, In
 from riverrun.kernels.benchmarks.linear import delta_inputs, fla_delta
 from riverrun.modeling.layout import Layout, rotary_tables
 from riverrun.modeling.memory_options import TitansLMMOptions
+from riverrun.modeling.memory_statistics import noting
 from riverrun.modeling.mixer_options import AttentionOptions, GatedDeltaOptions, Mamba2Options
 from riverrun.modeling.mixers import Attention, GatedDelta, Mamba2, Mixer, TitansLMM
 from riverrun.modeling.projection import project
@@ -114,7 +115,12 @@ def with_its_own(make: Make) -> Callable[..., Work]:
 
 def _through(mixer: Mixer, inputs: Inputs, case: Case) -> Work:
     x, layout = inputs["hidden"], _layout(case, mixer)
-    return _work(lambda: mixer(x, layout), x, *mixer.parameters())
+
+    def run() -> torch.Tensor:
+        with noting(False):  # as in most steps of training, which are not recorded
+            return mixer(x, layout)
+
+    return _work(run, x, *mixer.parameters())
 
 
 class _Between(torch.autograd.Function):

@@ -33,9 +33,9 @@ class MemoryMixer(Mixer):
 
     def forward(self, x: torch.Tensor, layout: Layout, states: States | None = None) -> torch.Tensor:
         o = self.options
-        x = layout.flatten(x)
-        y = self.memory(x, layout, states, self.persistent if o.num_persistent else None)
-        gate = self.g_proj(x).unflatten(-1, (-1, o.head_dim)) if o.output_gate else None
+        parts, gates = self.memory.project(layout.flatten(x), *([self.g_proj] if o.output_gate else []))
+        y = self.memory(parts, layout, states, self.persistent if o.num_persistent else None)
+        gate = gates[0].unflatten(-1, (-1, o.head_dim)) if gates else None
         y = gated_rms_norm(y, gate, self.norm_weight, eps=o.norm_eps, norm_before_gate=True)
         return layout.unflatten(self.o_proj(y.flatten(2)))
 

@@ -100,7 +100,8 @@ class _Windowed(TitansBlock):
     def remember(self, x: torch.Tensor, layout: Layout, states: States | None) -> torch.Tensor:
         """x (B, T, hidden_size) → what the memory says, (B, T, H, D)."""
         persistent = self.persistent if self.options.num_persistent else None
-        return layout.unflatten(self.memory(layout.flatten(x), layout, states, persistent))
+        parts, _ = self.memory.project(layout.flatten(x))
+        return layout.unflatten(self.memory(parts, layout, states, persistent))
 
     def mixing_flops(self, seq_len: int) -> float:
         o = self.options

@@ -73,6 +73,30 @@ def test_tokens_that_nobody_reads(name):
                      backend="triton")  # fmt: skip
 
 
+@pytest.mark.parametrize("momentum", [True, False])
+@pytest.mark.parametrize("T", [2, 5, 17])
+def test_online_memories_are_written_by_a_chunk_of_any_size(T, momentum):
+    arguments, rule = make("linear, online", 1, T, momentum=momentum)
+    written = leaves({name: x for name, x in arguments.items() if name != "q"})
+    gates, fresh = (arguments["gates"],), fresh_state(arguments["weights"], 1, rule, momentum, K)
+    given = {"state": fresh, "gates": gates, "rule": rule}
+    found = []
+    for backend in ("triton", "chunked"):
+        state = write_memory(arguments["k"], arguments["v"], **given, backend=backend)
+        found.append((state, gradients(state, written)))
+    for tolerance, got, want in zip((1e-5, 1e-4), *found):
+        assert_close(got, want, tolerance)
+
+
+def test_more_tokens_than_any_chunk_has_are_not_written_by_kernels():
+    arguments, rule = make("linear, online", 1, 129)
+    fresh = fresh_state(arguments["weights"], 1, rule, True, K)
+    with pytest.raises(ValueError, match="there is no Triton kernel"):
+        write_memory(
+            arguments["k"], arguments["v"], fresh, (arguments["gates"],), rule=rule, backend="triton"
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_what_is_left_can_be_gone_on_with(name):
     """Also where the kernels' sequences end within a chunk, whose start they do not tell."""

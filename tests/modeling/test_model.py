@@ -351,7 +351,7 @@ def test_every_parameter_learns(shape):
 
 @every_shape
 def test_bf16_is_finite_and_near_fp32(shape):
-    model, ids = build(shape), tokens(2, 20)
+    model, ids = build(shape), tokens(16, 20)  # a memory's rounding differs from row to row, by a factor of ten
     expected = model(ids).logits
     low = build(shape)
     low.bfloat16()
