@@ -63,7 +63,7 @@ def _inside_mlp_memory_backward(grad_o, of_final, q, k, v, *rest) -> float:
     seven matrices (F, C) a head and the gradient of U, in the type of k; and what tiles of hidden channels leave to be
     summed. Of all: that of gates, and what comes back through a norm (kernels/neural_memory/triton_mlp.py). Groups grow
     with the root of a row's length. Where the states of all chunks are kept there are none, nor what makes them."""
-    (_, weight, ends), (gain, initial), options = rest[:3], rest[8:10], rest[-4:]
+    (_, weight, ends), (gain, initial), options = rest[:3], rest[8:10], rest[-5:]
     launch, width, (P, size) = _mlp_launch(k, v, weight, gain, initial, *options), k.element_size(), initial.shape[2:]
     (M, H, _, C), tiles, (K, F, V) = weight.shape, launch.tiles, (launch.options[name] for name in "KFV")
     group = launch.keep * (P * size * width + (width + 4) * C * V) + 4 * P * size + 4 * tiles * C * V
@@ -73,10 +73,10 @@ def _inside_mlp_memory_backward(grad_o, of_final, q, k, v, *rest) -> float:
     return once + of_all + (0 if gain is None else v.numel() * width)
 
 
-def _mlp_launch(k, v, weight, gain, initial, cu_seqlens, silu, residual, save):
+def _mlp_launch(k, v, weight, gain, initial, cu_seqlens, silu, residual, save, max_seqlen):
     from riverrun.kernels.neural_memory.triton_mlp_launch import Launch
 
-    return Launch.of(k, v, weight, gain, initial, cu_seqlens, silu, residual, save)
+    return Launch.of(k, v, weight, gain, initial, cu_seqlens, silu, residual, save, max_seqlen)
 
 
 def _walked(initial: torch.Tensor) -> int:

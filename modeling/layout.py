@@ -51,6 +51,11 @@ class Layout:
         return state if self.sequence is None else state[self.sequence[:, -1]]
 
     @property
+    def max_seqlen(self) -> int:
+        """What no sequence has more tokens than: those of a row, which it never crosses."""
+        return self.shape[1]
+
+    @property
     def num_sequences(self) -> int:
         return self.shape[0] if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 

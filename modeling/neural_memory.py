@@ -96,7 +96,9 @@ class NeuralMemory(nn.Module):
         if states and "memory_place" in states:
             place = layout.initial(states, "memory_place", torch.zeros(1, device=inputs.v.device))
         before = initial_state(layout, states, start, place)
-        y, state = self.run(inputs, before, place, layout.cu_seqlens, resumable=states is not None)
+        y, state = self.run(
+            inputs, before, place, layout.cu_seqlens, layout.max_seqlen, resumable=states is not None
+        )  # fmt: skip
         if is_wanted(self):
             self._note(inputs, layout, before, state)
         if states is not None:
@@ -148,6 +150,7 @@ class NeuralMemory(nn.Module):
         state: MemoryState | None,
         place: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
         chunk_size: int | None = None,
         heads: slice = slice(None),
         resumable: bool = False,
@@ -171,6 +174,7 @@ class NeuralMemory(nn.Module):
             initial_state=state,
             position=None if place is None else place.long(),
             cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
             resumable=resumable,
             keep=self.options.keep_states,
         )

@@ -34,6 +34,7 @@ def neural_memory(
     initial_state: MemoryState | None = None,
     position: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
     resumable: bool = True,
     keep: Keep = "root",
     backend: str = "auto",
@@ -59,6 +60,8 @@ def neural_memory(
         initial_state: what the S sequences start from instead of `weights`.
         position: (S,) integers, how many tokens of each sequence `initial_state` has seen; None: none, or whole chunks.
         cu_seqlens: (N + 1,) integers rising from 0 to T: the bounds of documents packed into a batch of one row.
+        max_seqlen: no document has more tokens; None: T. The Triton kernels of two layers are launched for every chunk
+            that a document may have, so the more often the less is known of that.
         resumable: whether a later call is to go on from the returned state; else its `anchor` says nothing. Triton's
             kernels for chunks of more than one token need to know: of packed documents they leave no such state.
         keep: the states that a backward pass finds: "root", those before every √n-th of a sequence's n chunks, the rest
@@ -100,7 +103,9 @@ def neural_memory(
             weights = tuple(w.to(torch.promote_types(q.dtype, torch.float32)) for w in weights)
             initial_state = fresh_state(weights, sequences, rule, momentum, v.shape[-1])
         if chosen == "triton":
-            return neural_memory_triton(q, k, v, initial_state, layers, rule, norm_weight, cu_seqlens, resumable, keep)
+            return neural_memory_triton(
+                q, k, v, initial_state, layers, rule, norm_weight, cu_seqlens, max_seqlen, resumable, keep
+            )
         # a single token is a chunk of its own, sooner than a step of the loop, which asks autograd for its gradient
         run = neural_memory_reference if backend == "reference" else neural_memory_chunked
         return run(q, k, v, initial_state, layers, rule, norm_weight, delta, gamma, position, cu_seqlens)
@@ -149,7 +154,7 @@ def write_memory(
     with torch.autocast(k.device.type, enabled=False):
         if resolve_backend("write_memory", backend, k, T, has_triton=has_triton) == "triton":
             return neural_memory_triton(  # reads are not left out: any will do
-                k, k, v, state, layers, as_one, norm_weight, None, resumable=False, keep="root"
+                k, k, v, state, layers, as_one, norm_weight, None, None, resumable=False, keep="root"
             )[1]
         return write_chunk(k, v, state, layers, rule, norm_weight, delta)
 

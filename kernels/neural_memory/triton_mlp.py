@@ -46,9 +46,10 @@ def walk(
     silu: bool,
     residual: bool,
     save: str,
+    max_seqlen: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """→ o (B, T, H, V), the final state (S, H, P, F (K + V)); and what a backward pass needs (`Launch.to_save`)."""
-    launch = Launch.of(k, v, gates[1], norm_weight, initial, cu_seqlens, silu, residual, save)
+    launch = Launch.of(k, v, gates[1], norm_weight, initial, cu_seqlens, silu, residual, save, max_seqlen)
     o, state, nothing = torch.empty_like(v), initial.clone(), gates[0]
     saved, C, V = launch.to_save(v, norm_weight, initial), gates[1].shape[-1], v.shape[-1]
     before_norm, states, u, d2 = (x if x.numel() else nothing for x in saved)
@@ -125,9 +126,10 @@ def walk_back(
     silu: bool,
     residual: bool,
     save: str,
+    max_seqlen: int,
 ) -> list[torch.Tensor]:
     """→ the gradients of q, k, v, the eight gates, norm_weight (H, V) (zeros without one) and the initial state."""
-    launch = Launch.of(k, v, gates[1], norm_weight, initial, cu_seqlens, silu, residual, save)
+    launch = Launch.of(k, v, gates[1], norm_weight, initial, cu_seqlens, silu, residual, save, max_seqlen)
     (M, H, P, C), ends, (F, K, V) = gates[0].shape, gates[2].shape[-1], (launch.options[name] for name in "FKV")
     tiles, gain = launch.tiles, gates[0] if norm_weight is None else norm_weight
     # of packed documents there may be fewer chunks than places for them
@@ -228,7 +230,7 @@ def check(
             of_chunks = [as_kernels_take(triton_gates(layer, C, bounds), "after") for layer in gates]
             prepared = [*leaves[:3], *of_chunks[0], *of_chunks[1], pack(weights, momentum, P)]
         q, k, v, *rest, initial = (x.detach() for x in prepared)
-        gain, options = inputs[-1] if norm else None, (bounds, silu, residual, save)
+        gain, options = inputs[-1] if norm else None, (bounds, silu, residual, save, T)
         o, final, before_norm, states, u, d2 = walk(q, k, v, rest, gain, initial, *options)
         if not back:
             return deviation([o, *itertools.chain(*unpack(final, K, V))], in_double(chunked, inputs, None))
@@ -262,16 +264,17 @@ def _forward(
     silu: bool,
     residual: bool,
     save: str,
+    max_seqlen: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if is_due(q):
         check(q, v, weight1, norm_weight, initial, cu_seqlens is not None, silu, residual, save, back=False)
     gates = (reads1, weight1, ends1, writes1, reads2, weight2, ends2, writes2)
-    return walk(q, k, v, gates, norm_weight, initial, cu_seqlens, silu, residual, save)
+    return walk(q, k, v, gates, norm_weight, initial, cu_seqlens, silu, residual, save, max_seqlen)
 
 
 @_forward.register_fake
-def _(q, k, v, r1, weight, e1, w1, r2, g2, e2, w2, norm_weight, initial, cu_seqlens, silu, residual, save):
-    launch = Launch.of(k, v, weight, norm_weight, initial, cu_seqlens, silu, residual, save)
+def _(q, k, v, r1, weight, e1, w1, r2, g2, e2, w2, norm_weight, initial, cu_seqlens, silu, residual, save, max_seqlen):
+    launch = Launch.of(k, v, weight, norm_weight, initial, cu_seqlens, silu, residual, save, max_seqlen)
     return torch.empty_like(v), torch.empty_like(initial), *launch.to_save(v, norm_weight, initial)
 
 
@@ -300,12 +303,15 @@ def _backward(
     silu: bool,
     residual: bool,
     save: str,
+    max_seqlen: int,
 ) -> list[torch.Tensor]:
     if is_due(q):
         check(q, v, weight1, norm_weight, initial, cu_seqlens is not None, silu, residual, save, back=True)
     gates = (reads1, weight1, ends1, writes1, reads2, weight2, ends2, writes2)
-    saved, options = (before_norm, states, u, d2), (cu_seqlens, silu, residual, save)
-    return walk_back(grad_o, grad_final, q, k, v, gates, norm_weight, initial, *saved, *options)
+    return walk_back(
+        grad_o, grad_final, q, k, v, gates, norm_weight, initial, before_norm, states, u, d2, cu_seqlens, silu,
+        residual, save, max_seqlen,
+    )  # fmt: skip
 
 
 @_backward.register_fake
@@ -315,9 +321,9 @@ def _(grad_o, grad_final, q, k, v, r1, g1, e1, w1, r2, g2, e2, w2, norm_weight, 
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, cu_seqlens, silu, residual, save = inputs
+    *tensors, cu_seqlens, silu, residual, save, max_seqlen = inputs
     assert save != "nothing", "what a backward pass needs was not kept"
-    ctx.options = silu, residual, save
+    ctx.options = silu, residual, save, max_seqlen
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[2:], cu_seqlens)
 
@@ -329,7 +335,7 @@ def _gradient(ctx: Any, grad_o: torch.Tensor | None, grad_final: torch.Tensor | 
     grad_final = None if grad_final is None else grad_final.contiguous()
     *grads, by_norm, by_initial = _backward(grad_o, grad_final, *tensors, cu_seqlens, *ctx.options)
     by_norm = None if norm_weight is None else by_norm.to(norm_weight.dtype)
-    return *grads, by_norm, by_initial, None, None, None, None
+    return *grads, by_norm, by_initial, None, None, None, None, None
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
@@ -350,6 +356,7 @@ def mlp_memory_triton(
     residual: bool,
     read: Literal["after", "before"],
     keep: Keep = "root",
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, Weights, Weights | None]:
     """A memory of two layers whose gradients are taken at the weights before each chunk's first token.
 
@@ -365,11 +372,13 @@ def mlp_memory_triton(
         chunk_size: 16, 32 or 64.
         read: a token reads the memory "after" it has written to it, or "before".
         keep: the states that a backward pass finds: "root", those before every √n-th chunk, or "all".
+        max_seqlen: no document has more tokens, which is not checked either; None: T.
 
     Returns:
         o (B, T, H, V) in the dtype of q, the final weights and, with momentum, the final momentum, in float32.
     """
-    (B, _, _, K), V, F = q.shape, v.shape[-1], initial[0].shape[-1]
+    (B, T, _, K), V, F = q.shape, v.shape[-1], initial[0].shape[-1]
+    max_seqlen = T if max_seqlen is None or cu_seqlens is None else min(max_seqlen, T)
     if K not in SIZES or V not in SIZES or F % 32 or F > MLP_MOST_HIDDEN:
         raise ValueError(
             f"the Triton kernels of a two-layer memory take K and V of 32, 64, 96 or 128 and a multiple of 32 up to "
@@ -387,6 +396,6 @@ def mlp_memory_triton(
     tensors = (q, k, v, *first, *second, None if norm_weight is None else norm_weight.contiguous(), state)
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     save = keep if wanted else "nothing"
-    o, final, *_ = _forward(*tensors, cu_seqlens, activation == "silu", residual, save)
+    o, final, *_ = _forward(*tensors, cu_seqlens, activation == "silu", residual, save, max_seqlen)
     weights, *momentum = unpack(final, K, V)
     return o, weights, momentum[0] if momentum else None

@@ -57,11 +57,12 @@ class Launch:
         silu: bool,
         residual: bool,
         save: str,
+        max_seqlen: int,
     ) -> "Launch":
         """`weight` is a layer's G (M, H, C, C)."""
         (_, T, H, K), V, C, (P, size) = k.shape, v.shape[-1], weight.shape[-1], state.shape[2:]
         F, chunks, (most, warps) = size // (K + V), cut(k, C, cu_seqlens), TILES[k.element_size()]
-        root, longest = isqrt(ceil_div(chunks.num_chunks, chunks.num_sequences) - 1) + 1, ceil_div(T, C)
+        root, longest = isqrt(ceil_div(chunks.num_chunks, chunks.num_sequences) - 1) + 1, ceil_div(max_seqlen, C)
         keep, BF = root if save == "root" else longest + 1, min(most, F & -F)
         options = {"H": H, "K": K, "F": F, "V": V, "C": C, "P": P}
         WK, WV = power_of_2_from(K), power_of_2_from(V)

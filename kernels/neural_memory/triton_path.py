@@ -55,6 +55,7 @@ def neural_memory_triton(
     rule: Rule,
     norm_weight: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    max_seqlen: int | None,
     resumable: bool,
     keep: Keep,
 ) -> tuple[torch.Tensor, MemoryState]:
@@ -68,7 +69,7 @@ def neural_memory_triton(
     online = is_exact_online(rule, len(gates), norm_weight)
     whole = T if online or not resumable else T - T % rule.chunk_size
     if whole == T:
-        return _run(q, k, v, state, gates, rule, norm_weight, cu_seqlens, keep)
+        return _run(q, k, v, state, gates, rule, norm_weight, cu_seqlens, max_seqlen, keep)
     assert cu_seqlens is None
 
     def part(x: torch.Tensor, tokens: slice) -> torch.Tensor:
@@ -78,7 +79,7 @@ def neural_memory_triton(
     if whole:
         cut = partial(part, tokens=slice(whole))
         of_whole = tuple(layer.each(cut) for layer in gates)
-        o, state = _run(cut(q), cut(k), cut(v), state, of_whole, rule, norm_weight, None, keep)
+        o, state = _run(cut(q), cut(k), cut(v), state, of_whole, rule, norm_weight, None, None, keep)
         outputs.append(o)
     cut = partial(part, tokens=slice(whole, None))
     of_rest = tuple(layer.each(cut) for layer in gates)
@@ -96,6 +97,7 @@ def _run(
     rule: Rule,
     norm_weight: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    max_seqlen: int | None,
     keep: Keep,
 ) -> tuple[torch.Tensor, MemoryState]:
     from riverrun.kernels.neural_memory.triton_gates import chunk_gates_triton
@@ -122,5 +124,6 @@ def _run(
             q, k, v, (of_chunks[0], of_chunks[-1]), norm_weight, (state.weights[0], state.weights[1]),
             None if state.momentum is None else (state.momentum[0], state.momentum[1]), cu_seqlens,
             chunk_size=size, activation=rule.activation, residual=rule.residual, read=read, keep=keep,
+            max_seqlen=max_seqlen,
         )  # fmt: skip
     return o, MemoryState(weights, momentum, weights if rule.chunk_size > 1 else None)

@@ -146,7 +146,9 @@ class TitansMAC(TitansProjections):
 
         stream = self.y_norm(all_reduce(self.y_proj(y.flatten(2)), self.tp))
         inputs = self.memory.inputs(self.memory.project(segment.pack(stream))[0], convolve)
-        m, memory = self.memory.run(inputs, memory, segment.begin, segment.cu_seqlens, resumable=resumable)
+        m, memory = self.memory.run(
+            inputs, memory, segment.begin, segment.cu_seqlens, queries.shape[1], resumable=resumable
+        )  # fmt: skip
         running |= as_dict(memory) | {f"memory_start_{i}": w for i, w in enumerate(start)}
         if (missing := o.segment - keys["k"].shape[1]) > 0:  # of a call that is shorter than a segment
             keys = {name: F.pad(t, (0, 0, 0, 0, 0, missing)) for name, t in keys.items()}

@@ -28,21 +28,22 @@ def context_neural_memory(
     """This rank's part of what `memory` says (B, T, H, V), or (1, B·T, H, V) if documents begin inside rows, and so the
     inputs. `start`: what documents start from, as that of one sequence."""
     H, size = inputs.q.shape[2], context.axis.size
+    B, T = context.shape
     if not context.connected:
         state = start.each(lambda x: x.expand(_sequences(context), *x.shape[1:]))
-        return memory.run(inputs, state, cu_seqlens=context.cu_seqlens)[0]
+        return memory.run(inputs, state, cu_seqlens=context.cu_seqlens, max_seqlen=T)[0]
     affine = is_affine(memory)
     cheaper = shares_heads(H, *_bytes(inputs, affine, context), context) if affine else H % size == 0
     if context.takes_heads(H, cheaper):
         mine = context.axis.share(H)
         moved = _of_tokens(inputs, lambda x: to_heads(x, context, 2))
-        sequences = len(context.bounds) - 1 if context.row_bounds is not None else context.shape[0]
+        sequences = len(context.bounds) - 1 if context.row_bounds is not None else B
         state = _heads(start, mine).each(lambda x: x.expand(sequences, *x.shape[1:]))
-        y, _ = memory.run(moved, state, cu_seqlens=context.row_bounds, heads=mine)
+        y, _ = memory.run(moved, state, cu_seqlens=context.row_bounds, max_seqlen=T * size, heads=mine)
         return from_heads(y, context, 2)
     if affine:
         state = _gathered(context, memory, inputs, start)
-        return memory.run(inputs, state, cu_seqlens=context.cu_seqlens)[0]
+        return memory.run(inputs, state, cu_seqlens=context.cu_seqlens, max_seqlen=T)[0]
     return _handed_on(context, memory, inputs, start)
 
 

@@ -62,11 +62,12 @@ def reference(q, k, v, gates, state, gain, rule, cu_seqlens):
     return o, *final.weights, *(final.momentum or ())
 
 
-def triton(q, k, v, gates, state, gain, rule, cu_seqlens, keep="root"):
+def triton(q, k, v, gates, state, gain, rule, cu_seqlens, keep="root", max_seqlen=None):
     of_chunks = [triton_gates(layer, rule.chunk_size, cu_seqlens) for layer in gates]
     o, weights, momentum = mlp_memory_triton(
         q, k, v, (of_chunks[0], of_chunks[-1]), gain, tuple(state[:2]), tuple(state[2:]) or None, cu_seqlens,
         chunk_size=rule.chunk_size, activation=rule.activation, residual=rule.residual, read=rule.read, keep=keep,
+        max_seqlen=max_seqlen,
     )  # fmt: skip
     return o, *weights, *(momentum or ())
 
@@ -114,6 +115,16 @@ def test_documents(bounds):
     """Of one token, of whole chunks, and longer than a group."""
     assert max(errors(make_inputs(1, 70, S=len(bounds) - 1, separate=True), bounds)) < 1e-5
     assert max(errors(make_inputs(1, 70, S=len(bounds) - 1, momentum=False), bounds, read="before")) < 1e-5
+
+
+def test_no_more_chunks_are_gone_through_than_the_longest_document_has():
+    inputs, rule = make_inputs(1, 70, S=4), Rule(chunk_size=16, residual=True)
+    bounds = torch.tensor([0, 1, 2, 37, 70])
+    everything, told, too_few = (run(inputs, rule, partial(triton, max_seqlen=n), bounds) for n in (None, 35, 32))
+    assert all(torch.equal(a, b) for a, b in zip(told, everything, strict=True))
+    final = 1  # the state's place among what `run` returns
+    assert not torch.equal(too_few[final][2], everything[final][2])
+    assert torch.equal(too_few[final][:2], everything[final][:2])
 
 
 @pytest.mark.parametrize(
