@@ -29,7 +29,7 @@ def make_inputs(B, T, H=4, K=128, F=512, V=128, S=None, momentum=True, norm=True
     return [*(x.to(dtype) for x in tokens), *gates, *weights, *[1 + 0.1 * draw(H, V)] * norm]
 
 
-def run(inputs, rule, momentum, norm, cu_seqlens=None, dtype=None, keep="root"):
+def run(inputs, rule, momentum, norm, cu_seqlens=None, dtype=None, keep="root", max_seqlen=None):
     """o, the final state, and the gradients; in float64 of the chunked form."""
     leaves = [x.to(dtype or x.dtype).detach().requires_grad_() for x in inputs]
     q, k, v, *rest = leaves
@@ -40,6 +40,7 @@ def run(inputs, rule, momentum, norm, cu_seqlens=None, dtype=None, keep="root"):
         o, weights, still = mlp_memory_triton(
             q, k, v, (of_chunks, of_chunks), gain, weights, still, cu_seqlens, chunk_size=rule.chunk_size,
             activation=rule.activation, residual=rule.residual, read=rule.read, keep=keep,
+            max_seqlen=max_seqlen,
         )  # fmt: skip
     else:
         state = MemoryState(weights, still, weights)
@@ -54,7 +55,8 @@ def run(inputs, rule, momentum, norm, cu_seqlens=None, dtype=None, keep="root"):
 def worst(inputs, momentum=True, norm=True, cu_seqlens=None, keep="root", **options):
     rule = Rule(**{"chunk_size": 64, "residual": True} | options)
     want = run(inputs, rule, momentum, norm, cu_seqlens, torch.float64)
-    got = run(inputs, rule, momentum, norm, cu_seqlens, keep=keep)
+    longest = None if cu_seqlens is None else int(cu_seqlens.diff().max())
+    got = run(inputs, rule, momentum, norm, cu_seqlens, keep=keep, max_seqlen=longest)
     return max(((a - b).norm() / b.norm().clamp_min(1e-9)).item() for a, b in zip(got, want, strict=True))
 
 
