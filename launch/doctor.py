@@ -115,7 +115,8 @@ def gpus(folder: Path) -> Iterator[Finding]:
 
 
 def triton(folder: Path) -> Iterator[Finding]:
-    """Triton ≥ 3.4, < 3.7.1 miscompiles patterns of the gated delta rule's backward pass on Hopper (fla issue 640)."""
+    """On Hopper, Triton ≥ 3.4, < 3.7.1 miscompiles patterns of the gated delta rule's backward pass (fla issue 640).
+    What comes out of any Triton, the assembler of CUDA before 13.3 does (`assembler_finding`)."""
     import torch
 
     try:
@@ -123,7 +124,11 @@ def triton(folder: Path) -> Iterator[Finding]:
     except metadata.PackageNotFoundError:
         yield Finding("triton on Hopper", "ok", "no Triton: the vectorised torch kernels are used")
         return
-    yield hopper_finding(version, [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())])
+    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    yield hopper_finding(version, capabilities)
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    yield assembler_finding(get_ptxas(90).version, capabilities)
 
 
 def hopper_finding(version: str, capabilities: list[tuple[int, int]]) -> Finding:
@@ -137,6 +142,21 @@ def hopper_finding(version: str, capabilities: list[tuple[int, int]]) -> Finding
         return Finding(name, "ok", f"{version} miscompiles there, but there is no Hopper GPU")
     detail = f"{version} can compute wrong gradients of gated delta layers on H100, H200 and GH200"
     return Finding(name, "warning", detail, "pip install 'triton>=3.7.1', with the torch release that it belongs to")
+
+
+def assembler_finding(version: str, capabilities: list[tuple[int, int]]) -> Finding:
+    """Whether the ptxas that Triton calls for Hopper is that of CUDA 13.3 or newer. Older ones reuse registers that an
+    asynchronous matrix product (wgmma) still reads (CUDA 13.3's release notes; Triton's pull request 11781)."""
+    from packaging.version import Version
+
+    name = "ptxas for Hopper"
+    if Version(version) >= Version("13.3"):
+        return Finding(name, "ok", f"that of CUDA {version}")
+    if capabilities and all(major != 9 for major, _ in capabilities):
+        return Finding(name, "ok", f"that of CUDA {version} has an error there, but there is no Hopper GPU")
+    detail = f"that of CUDA {version} can make wrong products and illegal memory accesses on H100, H200 and GH200"
+    fix = "pip install 'nvidia-cuda-nvcc>=13.3' and set TRITON_PTXAS_PATH to its bin/ptxas, or use a Triton from 3.9 on"
+    return Finding(name, "warning", detail, fix)
 
 
 def compiler(folder: Path) -> Iterator[Finding]:

@@ -51,7 +51,7 @@ def check_once(
             raise RuntimeError(
                 f"{case}: on this machine ({where}) the Triton kernels differ from the chunked form by {found:.1e} of "
                 f"its norm, where at most {tolerance:.0e} is rounding. Do not use them: pass backend='chunked', or try "
-                "another version of Triton; please report it."
+                "another version of Triton or of its assembler (riverrun doctor); please report it."
             )
         record.parent.mkdir(parents=True, exist_ok=True)
         draft = record.with_suffix(f".{os.getpid()}")

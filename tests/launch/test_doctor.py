@@ -62,6 +62,23 @@ def test_triton_that_miscompiles_on_hopper(version, capabilities, state):
         assert "gated delta" in finding.detail and "triton>=3.7.1" in finding.fix
 
 
+@pytest.mark.parametrize(
+    ("version", "capabilities", "state"),
+    [
+        ("12.8", [(8, 0), (9, 0)], "warning"),
+        ("13.2", [], "warning"),
+        ("12.9", [(10, 0)], "ok"),
+        ("13.3", [(9, 0)], "ok"),
+        ("13.10", [], "ok"),
+    ],
+)
+def test_an_assembler_that_miscompiles_on_hopper(version, capabilities, state):
+    finding = doctor.assembler_finding(version, capabilities)
+    assert finding.state == state and version in finding.detail
+    if state == "warning":
+        assert "TRITON_PTXAS_PATH" in finding.fix
+
+
 def test_a_broken_import_is_a_problem(monkeypatch, tmp_path):
     (tmp_path / "deepspeed.py").write_text("raise ImportError('CUDA_HOME is not set')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -215,6 +232,7 @@ def test_this_machine():
         "torch",
         "imports",
         "triton on Hopper",
+        "ptxas for Hopper",
         "C compiler",
         "CPU",
         "memory",
