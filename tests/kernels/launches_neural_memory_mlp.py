@@ -11,7 +11,7 @@ def run(B, T, H, K, F, V, C, momentum=True, norm=True, silu=False, packed=False,
     gates = [torch.zeros(M, H, *shape) for shape in ((P, C), (C, C), (2 * P - 1,), (P, C))] * 2
     gain = torch.zeros(H, V) if norm else None
     cu_seqlens = torch.tensor([0, T], dtype=torch.int32) if packed else None
-    rest = gain, torch.zeros(B, H, P, F * (K + V)), cu_seqlens, silu, K == V, save
+    rest = gain, torch.zeros(B, H, P, F * (K + V)), cu_seqlens, silu, K == V, save, T
     o, final, *saved = walk(q, k, v, gates, *rest)
     walk_back(o, final, q, k, v, gates, *rest[:2], *saved, *rest[2:])
 

@@ -179,7 +179,7 @@ def test_all_states_are_kept_once_and_none_is_made_again(bounds, monkeypatch):
 @pytest.mark.parametrize("bounds", [[0, 70], [0, 16, 70], [0, 5, 6, 70], list(range(0, 71, 2))])
 def test_every_group_has_a_checkpoint_of_its_own(bounds):
     x, weight, state = torch.zeros(1, 70, 1, 32), torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 2, 2048)
-    launch = Launch.of(x, x, weight, None, state, torch.tensor(bounds), False, False, "root")
+    launch = Launch.of(x, x, weight, None, state, torch.tensor(bounds), False, False, "root", 70)
     places, c = [], 0
     for start, end in itertools.pairwise(bounds):
         chunks = -(-(end - start) // 16)

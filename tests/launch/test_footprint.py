@@ -146,7 +146,7 @@ def test_inside_a_two_layer_memory(T, norm, keep, monkeypatch):
             freed = max(recorder.alive) - recorder.live
             return outputs, freed, INSIDE[name](*args)
 
-        given, options = (q, k, v, *gates, gain, initial), (None, False, True, keep)
+        given, options = (q, k, v, *gates, gain, initial), (None, False, True, keep, T)
         run = partial(triton_mlp.walk, q, k, v, gates, gain, initial, *options)
         (_, _, *saved), freed, ours = most("neural_memory_mlp_triton", run, *given, *options)
         assert ours == pytest.approx(freed, rel=0.01)
