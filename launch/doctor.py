@@ -146,7 +146,7 @@ def hopper_finding(version: str, capabilities: list[tuple[int, int]]) -> Finding
 
 def assembler_finding(version: str, capabilities: list[tuple[int, int]]) -> Finding:
     """Whether the ptxas that Triton calls for Hopper is that of CUDA 13.3 or newer. Older ones reuse registers that an
-    asynchronous matrix product (wgmma) still reads (CUDA 13.3's release notes; Triton's pull request 11781)."""
+    asynchronous matrix product (wgmma) still reads (Triton's pull request 11781, after CUDA 13.3's release notes)."""
     from packaging.version import Version
 
     name = "ptxas for Hopper"

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from riverrun.kernels.causal_conv1d.reference import to_unit
 from riverrun.kernels.common.memory_rule import curvature
 from riverrun.kernels.memory_gates import Logits, memory_gates
 from riverrun.kernels.neural_memory import Gates, MemoryState, fresh_state, neural_memory, write_memory
@@ -25,7 +26,6 @@ from riverrun.modeling.parallel.collectives import depend
 from riverrun.modeling.parallel.split import Plan, Split
 from riverrun.modeling.projection import project
 
-EPS = 1e-6  # of squared lengths
 Convolve = Callable[..., list[torch.Tensor]]
 
 
@@ -336,12 +336,9 @@ class NeuralMemory(nn.Module):
         powers unit length too (B, T, H, degree · head_dim)."""
         if self.feature_scale is None:
             return x
-        x = _unit(at_least_fp32(x))
-        return _unit(torch.cat([scale * x ** (i + 1) for i, scale in enumerate(self.feature_scale)], dim=-1))
-
-
-def _unit(x: torch.Tensor) -> torch.Tensor:
-    return x * (x.square().sum(-1, keepdim=True) + EPS).rsqrt()
+        x = to_unit(at_least_fp32(x), x.shape[-1])
+        powers = torch.cat([scale * x ** (i + 1) for i, scale in enumerate(self.feature_scale)], dim=-1)
+        return to_unit(powers, powers.shape[-1])
 
 
 def as_dict(state: MemoryState) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@
 # steps. Then mamba2 and gated_delta go on with plain texts of up to 32 lines, or, to learn to look for what they are
 # asked, with questions before reports of up to four lines, and mixed texts of up to 32 (jrt_texts.py). jrt_rnn, prefix
 # linear attention between Mamba-2 and windowed attention, has these two and its own objective. No text has a report
-# twice. About 10 minutes on one or two H200, which the models share.
+# twice. About 10 minutes on two H200 beside other trainings, which the models share.
 # Writes to OUT: a folder for each model with the losses, and in it one for each number of lines with results.json and
 # jrt.png; the tables are in logs/eval-*.log.
 

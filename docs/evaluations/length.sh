@@ -7,8 +7,8 @@
 #
 # TOKENIZER: a sentencepiece model of 8,192 tokens (`riverrun data tokenizer`). The text is the Python of torch,
 # transformers and sympy, about 40M tokens. Two models: decays as published, and retentive ones, a thousandth of them under
-# inputs as strong, by which a state goes on growing for hundreds to a million tokens. 6 minutes on two H200, a model on
-# each, as long as other trainings share them.
+# inputs as strong, by which a state goes on growing for hundreds to a million tokens. The retentive model took 6
+# minutes on an H200 beside other trainings; several GPUs share the models.
 # Writes to OUT: curves.png, table.md, and a folder for each evaluation.
 
 source "$(dirname "$0")/jobs.sh"
