@@ -52,36 +52,33 @@ def _inside_flash_backward(grad, q: torch.Tensor, k, v, out, log_z: torch.Tensor
 
 
 def _inside_mlp_memory(q, k, v, r1, weight, e1, w1, r2, g2, e2, w2, gain, initial, *options) -> float:
-    """What tiles of hidden channels leave to be summed, float32, and unless it is kept δ₂ of a chunk, in the type of
-    k."""
+    """Of the heads at a time: what tiles of hidden channels leave to be summed, float32, and unless it is kept δ₂ of a
+    chunk, in the type of k."""
     launch, C, V = _mlp_launch(k, v, weight, gain, initial, *options), weight.shape[-1], v.shape[-1]
-    return _walked(initial) * C * V * ((launch.save != "all") * k.element_size() + 8.0 * launch.tiles)
+    return launch.teams * C * V * ((launch.save != "all") * k.element_size() + 12.0 * launch.tiles)
 
 
 def _inside_mlp_memory_backward(grad_o, of_final, q, k, v, *rest) -> float:
-    """Of a group of g chunks: the states before them and δ₂, in the type of k, and U, float32. Of one chunk: the state;
-    seven matrices (F, C) a head and the gradient of U, in the type of k; and what tiles of hidden channels leave to be
-    summed. Of all: that of gates, and what comes back through a norm (kernels/neural_memory/triton_mlp.py). Groups grow
-    with the root of a row's length. Where the states of all chunks are kept there are none, nor what makes them."""
+    """Of a group of g chunks of all sequences, in the type of k: what one kernel hands on to the next, and gradients of
+    the states behind; the states before, too, with δ₂ and, float32, U, unless those of all chunks are kept. Of the
+    heads at a time, shares to be summed and the gradient of U. Of all chunks, those of gates, and what comes back
+    through a norm (kernels/neural_memory/triton_mlp.py). Groups grow with the root of a row's length."""
+    from riverrun.kernels.neural_memory.triton_mlp_handed import HANDED
+
     (_, weight, ends), (gain, initial), options = rest[:3], rest[8:10], rest[-5:]
     launch, width, (P, size) = _mlp_launch(k, v, weight, gain, initial, *options), k.element_size(), initial.shape[2:]
-    (M, H, _, C), tiles, (K, F, V) = weight.shape, launch.tiles, (launch.options[name] for name in "KFV")
-    group = launch.keep * (P * size * width + (width + 4) * C * V) + 4 * P * size + 4 * tiles * C * V
-    chunk = C * (width * (7 * F + V) + 4 * tiles * (V + 2 * K + 2 * C))
-    of_all = 4 * M * H * (2 * tiles * (2 * P * C + ends.shape[-1]) + launch.blocks * V)
-    once = _walked(initial) * (chunk + (group if launch.save == "root" else 0))
-    return once + of_all + (0 if gain is None else v.numel() * width)
+    (M, H, _, C), tiles, (F, V) = weight.shape, launch.tiles, (launch.options[name] for name in "FV")
+    again = P * size * width + (width + 4) * C * V if launch.save == "root" else 0
+    of_group = launch.heads * launch.keep * (width * (HANDED.value * F * C + tiles * C * C + P * size) + again)
+    of_teams = launch.teams * C * V * (width + (8 if launch.save == "root" else 4) * tiles)
+    of_all = 4 * M * H * (2 * tiles * (2 * P * C + ends.shape[-1]) + C // 16 * V)
+    return of_group + of_teams + of_all + (0 if gain is None else v.numel() * width)
 
 
 def _mlp_launch(k, v, weight, gain, initial, cu_seqlens, silu, residual, save, max_seqlen):
     from riverrun.kernels.neural_memory.triton_mlp_launch import Launch
 
     return Launch.of(k, v, weight, gain, initial, cu_seqlens, silu, residual, save, max_seqlen)
-
-
-def _walked(initial: torch.Tensor) -> int:
-    """Pairs of a sequence and a head whose chunks are walked over side by side, of a state (S, H, …): all."""
-    return initial.shape[0] * initial.shape[1]
 
 
 def _inside_long_memory(q, k, v, writes, ends, first, second, chunk_size, silu, l2, save) -> float:

@@ -1,15 +1,16 @@
 """The two-layer memory as a torch operator of Triton kernels.
 
-Forward: step by step over the chunks of all sequences. For a backward pass it keeps the states before every g-th chunk,
-g about the root of the number of chunks, and what was read before the norm.
-Backward: for each group of g chunks, from the last to the first, the same steps make the states before its chunks
-again, and others go back over them.
+Forward: one kernel walks over all chunks of all sequences, a head's state spread over a team of programs. For a
+backward pass it keeps the states before every g-th chunk, g about the root of the number of chunks, and what was read
+before the norm.
+Backward: for each group of g chunks, from the last to the first, the same walk makes the states before its chunks
+again. Then one kernel does what does not depend on the chunks behind, one walks back, and one does the rest.
 
-Or the forward keeps the states before all chunks, and U and δ₂ with them: then the backward only goes back.
+Or the forward keeps the states before all chunks, and U and δ₂ with them: then none are made again.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -21,14 +22,12 @@ from riverrun.kernels.common.self_check import check_once, deviation, draws, in_
 from riverrun.kernels.neural_memory.chunked import neural_memory_chunked
 from riverrun.kernels.neural_memory.gates import ChunkGates, triton_gates
 from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Rule, Weights
-from riverrun.kernels.neural_memory.triton_mlp_backward import (
-    error_gradients_kernel,
-    output_gradients_kernel,
-    reads_kernel,
-    update_kernel,
-)
-from riverrun.kernels.neural_memory.triton_mlp_forward import enter_kernel, error_kernel, step_kernel
+from riverrun.kernels.neural_memory.triton_mlp_around import after_kernel, before_kernel, output_gradients_kernel
+from riverrun.kernels.neural_memory.triton_mlp_back import back_kernel
+from riverrun.kernels.neural_memory.triton_mlp_handed import HANDED
 from riverrun.kernels.neural_memory.triton_mlp_launch import Launch, as_kernels_take, pack, unpack
+from riverrun.kernels.neural_memory.triton_mlp_tiles import TOKENS
+from riverrun.kernels.neural_memory.triton_mlp_walk import again_kernel, walk_kernel
 from riverrun.kernels.neural_memory.triton_path import MLP_CHUNKS, MLP_MOST_HIDDEN, Keep
 
 Tensors = Sequence[torch.Tensor]
@@ -50,63 +49,18 @@ def walk(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """→ o (B, T, H, V), the final state (S, H, P, F (K + V)); and what a backward pass needs (`Launch.to_save`)."""
     launch = Launch.of(k, v, gates[1], norm_weight, initial, cu_seqlens, silu, residual, save, max_seqlen)
-    o, state, nothing = torch.empty_like(v), initial.clone(), gates[0]
+    o, final, nothing = torch.empty_like(v), torch.empty_like(initial), gates[0]
     saved, C, V = launch.to_save(v, norm_weight, initial), gates[1].shape[-1], v.shape[-1]
     before_norm, states, u, d2 = (x if x.numel() else nothing for x in saved)
-    if save == "all":
-        checkpoints, kept = nothing, states
-    else:
-        checkpoints, kept, d2 = states, nothing, launch.room(v, C, V)
-    partial_u, partial_u_q = (launch.room(initial, launch.tiles, C, V) for _ in range(2))
+    if save != "all":
+        d2 = launch.scratch(v, C, V)
     gain = nothing if norm_weight is None else norm_weight
-    enter = launch.of_chunk(enter_kernel, launch.tiles, k, checkpoints, state, partial_u)
-    error = launch.of_chunk(
-        error_kernel, launch.blocks, q, k, v, gain, partial_u, partial_u_q, o, before_norm, u, d2,
-        SAVE=save != "nothing", AGAIN=False,
-    )  # fmt: skip
-    step = launch.of_chunk(
-        step_kernel, launch.tiles, q, k, *gates, d2, checkpoints, state, kept, partial_u, partial_u_q, AGAIN=False
-    )
-    enter(0)
-    for number in range(launch.longest):
-        error(number)
-        step(number)
-    error(launch.longest)
-    return o, state, *saved
-
-
-def _again(
-    launch: Launch,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    gates: Tensors,
-    gain: torch.Tensor,
-    initial: torch.Tensor,
-    checkpoints: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Callable[[int], None]]:
-    """→ room for a group's states (S, H, g, P, F (K + V)), U and δ₂ (S, H, g, C, V); and what makes them again, of the
-    group that begins with a given chunk."""
-    keep, C, V, nothing = launch.keep, gates[1].shape[-1], v.shape[-1], gates[0]
-    state, partial_u = torch.empty_like(initial), launch.room(initial, launch.tiles, C, V)
-    kept, u, d2 = launch.room(k, keep, *initial.shape[2:]), launch.room(initial, keep, C, V), launch.room(k, keep, C, V)
-    enter = launch.of_chunk(enter_kernel, launch.tiles, k, checkpoints, state, partial_u)
-    error = launch.of_chunk(
-        error_kernel, launch.blocks, q, k, v, gain, partial_u, nothing, nothing, nothing, u, d2, SAVE=False, AGAIN=True
-    )
-    step = launch.of_chunk(
-        step_kernel, launch.tiles, q, k, *gates, d2, checkpoints, state, kept, partial_u, nothing, AGAIN=True
-    )
-
-    def make(group: int) -> None:
-        if group == 0:
-            state.copy_(initial)
-        enter(group)
-        for number in range(launch.longest)[group : group + keep]:
-            error(number)
-            step(number)
-
-    return kept, u, d2, make
+    partial_u, partial_u_q = (launch.scratch(initial, copies, launch.tiles, C, V) for copies in (1, 2))
+    launch.of_teams(
+        walk_kernel, q, k, v, gain, *gates, initial, final, o, before_norm, states, u, d2, partial_u, partial_u_q,
+        SAVE=save != "nothing",
+    )()  # fmt: skip
+    return o, final, *saved
 
 
 def walk_back(
@@ -131,54 +85,54 @@ def walk_back(
     """→ the gradients of q, k, v, the eight gates, norm_weight (H, V) (zeros without one) and the initial state."""
     launch = Launch.of(k, v, gates[1], norm_weight, initial, cu_seqlens, silu, residual, save, max_seqlen)
     (M, H, P, C), ends, (F, K, V) = gates[0].shape, gates[2].shape[-1], (launch.options[name] for name in "FKV")
-    tiles, gain = launch.tiles, gates[0] if norm_weight is None else norm_weight
+    tiles, keep, gain = launch.tiles, launch.keep, gates[0] if norm_weight is None else norm_weight
     # of packed documents there may be fewer chunks than places for them
     make = partial(torch.zeros if launch.chunks.packed else torch.empty, dtype=torch.float32, device=q.device)
-    by_gain = initial.new_zeros(M, H, launch.blocks, V)
-    if norm_weight is None:
-        by_u_q = grad_o
-    else:
+    of_outputs, of_errors = initial.new_zeros(M, H, C // TOKENS.value, V), launch.room(initial, tiles, V).zero_()
+    by_u_q = grad_o
+    if norm_weight is not None:
         by_u_q = torch.empty_like(v)
-        output_gradients_kernel[(M * H * launch.blocks,)](
-            grad_o, before_norm, gain, by_u_q, by_gain, *launch.chunks.tensors[2:], launch.T,
+        output_gradients_kernel[(M * H * (C // TOKENS.value),)](
+            grad_o, before_norm, gain, by_u_q, of_outputs, *launch.chunks.tensors[2:], launch.T,
             H=H, V=V, C=C, WV=launch.options["WV"], PACKED=launch.chunks.packed,
         )  # fmt: skip
 
-    kept, make_again = states, None
+    kept, again = states, None
+    reads1, weight1, ends1, writes1, reads2, weight2, ends2, writes2 = gates
     if save == "root":
-        kept, u, d2, make_again = _again(launch, q, k, v, gates, gain, initial, states)
+        kept, u, d2 = launch.room(k, keep, P, F * (K + V)), launch.room(initial, keep, C, V), launch.room(k, keep, C, V)
+        again = launch.of_teams(
+            again_kernel, k, v, gain, weight1, ends1, writes1, ends2, writes2, initial, states, kept, u, d2,
+            launch.scratch(initial, tiles, C, V),
+        )  # fmt: skip
     adjoint = torch.zeros_like(initial) if grad_final is None else grad_final.clone()
-    passed, by_u = launch.room(k, 7, F, C), launch.room(k, C, V)
-    partial_d2, partial_q, partial_k, *partial_weights = (
-        launch.room(initial, tiles, C, size) for size in (V, K, K, C, C)
-    )
+    handed, crossings = launch.room(k, keep, HANDED.value, F, C), launch.room(k, keep, tiles, C, C)
+    behind = launch.room(k, keep, P, F * (K + V))
     by_q, by_k, by_v = (torch.empty_like(x) for x in (q, k, v))
     shapes = (M, H, tiles, P, C), (M, H, C, C), (M, H, tiles, ends), (M, H, tiles, P, C)
-    by_gates = reads1, weight1, ends1, writes1, reads2, weight2, ends2, writes2 = [make(shape) for shape in shapes * 2]
-    reads = launch.of_chunk(
-        reads_kernel, tiles, q, k, *gates[:2], *gates[3:6], gates[7], kept, d2, by_u_q, adjoint, passed, partial_d2,
-        partial_weights[1], reads2, writes1, writes2,
+    by_gates = [make(shape) for shape in shapes * 2]
+    by_reads1, by_weight1, by_ends1, by_writes1, by_reads2, by_weight2, by_ends2, by_writes2 = by_gates
+    before = launch.of_group(
+        before_kernel, tiles, 4, q, k, reads1, weight1, reads2, weight2, kept, d2, by_u_q, handed, crossings, by_reads1,
+        by_reads2,
     )  # fmt: skip
-    error_gradients = launch.of_chunk(
-        error_gradients_kernel, launch.blocks, grad_o, k, v, gain, u, partial_d2, partial_q, partial_k,
-        *partial_weights, by_u, by_gain, by_q, by_k, by_v, weight1, weight2,
+    back = launch.of_teams(
+        back_kernel, q, k, v, gain, reads1, ends1, writes1, reads2, ends2, writes2, kept, u, d2, by_u_q, handed,
+        crossings, behind, adjoint, launch.scratch(k, C, V), launch.scratch(initial, tiles, C, V), by_v, by_writes1,
+        by_writes2, of_errors,
     )  # fmt: skip
-    update = launch.of_chunk(
-        update_kernel, tiles, q, k, *gates[:5], gates[6], kept, d2, by_u_q, by_u, adjoint, passed, partial_q, partial_k,
-        partial_weights[0], reads1, ends1, ends2,
+    after = launch.of_group(
+        after_kernel, 1, 8, q, k, reads1, weight1, writes1, kept, d2, grad_o, by_u_q, handed, behind, by_v, by_q, by_k,
+        by_weight1, by_weight2, by_ends1, by_ends2,
     )  # fmt: skip
-
-    chunks = range(launch.longest)
-    for group in reversed(chunks[:: launch.keep]):
-        if make_again is not None:
-            make_again(group)
-        for number in reversed(chunks[group : group + launch.keep]):
-            reads(number)
-            error_gradients(number)
-            update(number)
-    error_gradients(-1)
-    by_gates = [x if x is weight1 or x is weight2 else x.sum(2) for x in by_gates]
-    return [by_q, by_k, by_v, *by_gates, by_gain.sum((0, 2)), adjoint]
+    for start in reversed(launch.groups):
+        if again is not None:
+            again(start)
+        before(start)
+        back(start)
+        after(start)
+    by_gates = [x if x is by_weight1 or x is by_weight2 else x.sum(2) for x in by_gates]
+    return [by_q, by_k, by_v, *by_gates, of_outputs.sum((0, 2)) + of_errors.sum((0, 2)), adjoint]
 
 
 def check(

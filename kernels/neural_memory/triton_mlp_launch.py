@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
+from riverrun.kernels.common.device import multiprocessors
 from riverrun.kernels.common.triton_chunks import Chunks, cut
+from riverrun.kernels.common.triton_math import INTERPRETED
 from riverrun.kernels.common.whole import ceil_div, power_of_2_from
 from riverrun.kernels.neural_memory.gates import ChunkGates, late
 from riverrun.kernels.neural_memory.rule import Weights
-from riverrun.kernels.neural_memory.triton_mlp_tiles import TOKENS
 
-# hidden channels of a tile, at most, and warps of its program, by bytes a number
-TILES = {2: (64, 4), 4: (32, 4)}
-COLUMNS = 64  # of W₁ᵀ and W₂ that a program holds at a time, at most
+TILES = {2: 64, 4: 32}  # hidden channels of a tile, at most, by bytes a number
+ALONE = INTERPRETED.value  # the interpreter runs one program after another: none could wait for the next
 
 Saved = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -28,12 +28,11 @@ class Launch:
     Attributes:
         save: the states that a backward pass finds: "root", those before groups of chunks but the first; "all", every
             chunk's; or "nothing".
-        keep: g, chunks of a group, whose first state is kept for a backward pass. Sequences of average length have as
-            many groups, so that what is kept is as large as what one group needs when it is recomputed. Where no
-            group's state is kept, all chunks are one.
+        keep: g, chunks of a group, which a backward pass takes at a time. Sequences of average length have as many
+            groups, so that what is kept of groups' starts is as large as what one group needs when it is recomputed.
         longest: chunks of the longest sequence that there may be.
         tiles: of a head's hidden channels.
-        blocks: of a chunk's tokens.
+        teams: heads at a time whose state is on chip.
     """
 
     T: int
@@ -42,7 +41,7 @@ class Launch:
     keep: int
     longest: int
     tiles: int
-    blocks: int
+    teams: int
     options: dict[str, Any]
 
     @classmethod
@@ -61,16 +60,27 @@ class Launch:
     ) -> "Launch":
         """`weight` is a layer's G (M, H, C, C)."""
         (_, T, H, K), V, C, (P, size) = k.shape, v.shape[-1], weight.shape[-1], state.shape[2:]
-        F, chunks, (most, warps) = size // (K + V), cut(k, C, cu_seqlens), TILES[k.element_size()]
-        root, longest = isqrt(ceil_div(chunks.num_chunks, chunks.num_sequences) - 1) + 1, ceil_div(max_seqlen, C)
-        keep, BF = root if save == "root" else longest + 1, min(most, F & -F)
+        F, chunks = size // (K + V), cut(k, C, cu_seqlens)
+        keep = isqrt(ceil_div(chunks.num_chunks, chunks.num_sequences) - 1) + 1
+        BF = F & -F if ALONE else min(TILES[k.element_size()], F & -F)
+        tiles = F // BF
+        teams = min(chunks.num_sequences * H, max(multiprocessors(k) // tiles, 1))
         options = {"H": H, "K": K, "F": F, "V": V, "C": C, "P": P}
-        WK, WV = power_of_2_from(K), power_of_2_from(V)
-        options |= {"WK": WK, "WV": WV, "BK": min(WK, COLUMNS), "BV": min(WV, COLUMNS), "BF": BF}
+        options |= {"WK": power_of_2_from(K), "WV": power_of_2_from(V), "BF": BF}
         options |= {"NORM": norm_weight is not None, "RESIDUAL": residual, "SILU": silu, "PACKED": chunks.packed}
-        options |= {"ALL": save == "all"}
-        options |= {"num_warps": warps, "num_stages": 1}
-        return cls(T, chunks, save, keep, longest, F // BF, C // TOKENS.value, options)
+        options |= {"TILES": tiles, "SHARE": power_of_2_from(ceil_div(C, tiles)), "ALL": save == "all"}
+        options |= {"num_warps": 8, "num_stages": 1}
+        return cls(T, chunks, save, keep, ceil_div(max_seqlen, C), tiles, teams, options)
+
+    @property
+    def heads(self) -> int:
+        """Of all sequences."""
+        return self.chunks.num_sequences * self.options["H"]
+
+    @property
+    def groups(self) -> range:
+        """The first chunks of the longest sequence's groups."""
+        return range(0, self.longest, self.keep)
 
     @property
     def num_checkpoints(self) -> int:
@@ -89,15 +99,31 @@ class Launch:
         checkpoints = state.new_empty(self.num_checkpoints if self.save == "root" else 0, *state.shape[1:])
         return before_norm, checkpoints, state.new_empty(0), v.new_empty(0)
 
-    def of_chunk(self, kernel: Any, shares: int, *tensors: torch.Tensor, **options: bool) -> Callable[[int], Any]:
-        """What starts a kernel on all sequences' chunks of a given number, `shares` programs a sequence and head."""
-        programs = self.chunks.num_sequences * self.options["H"] * shares
-        place = *self.chunks.tensors[:2], self.T, self.keep
-        return partial(kernel[(programs,)], *tensors, *place, **self.options, **options)
+    def of_teams(self, kernel: Any, *tensors: torch.Tensor, **options: bool) -> Callable[..., Any]:
+        """What starts a kernel of programs that meet."""
+        if ALONE and self.tiles > 1:
+            raise ValueError("Triton's interpreter runs two-layer memories with a power of 2 of hidden channels only")
+        place = *self.chunks.tensors[:2], self.T, self.keep, self.heads
+
+        def start(*group: int) -> None:
+            counters = torch.zeros(self.teams, dtype=torch.int32, device=tensors[0].device)
+            grid = (self.teams * self.tiles,)
+            kernel[grid](*tensors, counters, *place, *group, **self.options, **options, launch_cooperative_grid=True)
+
+        return start
+
+    def of_group(self, kernel: Any, shares: int, warps: int, *tensors: torch.Tensor) -> Callable[[int], Any]:
+        """What starts a kernel on all sequences' chunks of a group, `shares` programs a chunk and head."""
+        place, options = (*self.chunks.tensors[:2], self.T, self.keep), self.options | {"num_warps": warps}
+        return partial(kernel[(self.heads * self.keep * shares,)], *tensors, *place, **options)
 
     def room(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
         """(S, H, *shape)."""
         return like.new_empty(self.chunks.num_sequences, self.options["H"], *shape)
+
+    def scratch(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
+        """(teams, *shape)."""
+        return like.new_empty(self.teams, *shape)
 
 
 def as_kernels_take(gates: ChunkGates, read: str) -> tuple[torch.Tensor, ...]:

@@ -1,12 +1,16 @@
 """What the two-layer memory's kernels are made of: tiles of its state, its activation, its norm and its error.
 
 The state of one sequence and head is P blocks of F (K + V) numbers: W₁ᵀ (F, K) and W₂ (F, V), and with momentum
-(P = 2) S₁ᵀ and S₂ after them. A program holds BF of the F hidden channels, always as rows, whatever else the columns
-are: those of W₁ᵀ, of W₂, or C tokens. Then the left operands of products have many rows however few tokens a chunk
-has, and what one product gives is the next one's left operand where it is.
+(P = 2) S₁ᵀ and S₂ after them. A program holds BF of the F hidden channels: W₁ as (K, BF), W₂ as (BF, V), and tokens are
+rows. So the state is the right operand of most products, which Hopper reads from shared memory whatever it does with
+the left, and what they give has a few rows of tokens.
 
-What is summed over hidden channels each tile writes for itself, (S, H, F / BF, C, ·) float32, and programs of `TOKENS`
-tokens add up: nothing depends on which program comes first.
+What is summed over hidden channels each tile writes for itself, (F / BF, C, ·) float32, and others add up: nothing
+depends on which program comes first.
+
+Half of the registers are the state's, for as long as a sequence is. So this is written against what compilers do to
+save instructions: `afresh`, `settle` and `widen` keep them from holding addresses, factors and wider copies of numbers
+till they are used again, as `disable_licm` does in loops. Without, the walk took half as long again.
 """
 
 import triton
@@ -30,24 +34,24 @@ def locate(program, number, cu_seqlens, first, T, H: tl.constexpr, C: tl.constex
 
 
 @triton.jit
-def slot_of(program, place, number, keep, ALL: tl.constexpr):
-    """Where what a backward pass goes by lies of a chunk: among those of ALL chunks (M, H, …), or of its group's
-    (S, H, keep, …)."""
-    if ALL:
-        return place
-    else:
-        return program * keep + number % keep
-
-
-@triton.jit
 def multiply(a, b, dtype: tl.constexpr, acc=None):
     """a b (+ acc) of operands that are rounded to `dtype`."""
     return dot(a.to(dtype), b.to(dtype), acc)
 
 
 @triton.jit
+def apart(a, b, dtype: tl.constexpr, once, acc=None):
+    """a b (+ acc), in a loop of one turn. Triton gives all warps the rows of a product that another is made of, and
+    what is left over the same rows again; a loop hides that it is."""
+    y = tl.zeros([a.shape[0], b.shape[1]], tl.float32) if acc is None else acc
+    for _ in tl.range(0, once, disable_licm=True):
+        y = multiply(a, b, dtype, y)
+    return y
+
+
+@triton.jit
 def settle(x, dtype: tl.constexpr):
-    """x in `dtype`, here and now. Compilers put off what is used late, and hold all that it is made of till then."""
+    """x in `dtype`, here and now: not put off till it is used, with all that it is made of held till then."""
     x = x.to(dtype)
     if INTERPRETED:
         return x
@@ -56,18 +60,65 @@ def settle(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_tile(p, i, at, WIDTH: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr):
-    """Rows `i` … of a matrix with rows of WIDTH numbers, and columns `at` … of them, as (BF, BW)."""
-    row, column = tl.arange(0, BF), at + tl.arange(0, BW)
+def afresh(i):
+    """i, of 32 bits; what depends on it is computed from here on."""
+    if INTERPRETED:
+        return i
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [i], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _count(N: tl.constexpr):
+    """0 … N − 1, of which addresses are made."""
+    return tl.arange(0, N) + afresh(tl.full((), 0, tl.int32))
+
+
+@triton.jit
+def widen(x):
+    """x in float32, for once."""
+    return settle(x, x.dtype).to(tl.float32)
+
+
+@triton.jit
+def load_tile(p, i, WIDTH: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr):
+    """Rows `i` … of a matrix with rows of WIDTH numbers, as (BF, BW)."""
+    row, column = _count(BF), tl.arange(0, BW)
     place = row[:, None] * WIDTH + column[None, :]  # of 32 bits: addresses cost registers
     return tl.load(p + i * WIDTH + place, mask=(column < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
-def store_tile(p, tile, i, at, WIDTH: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr):
-    row, column = tl.arange(0, BF), at + tl.arange(0, BW)
+def store_tile(p, tile, i, WIDTH: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr):
+    row, column = _count(BF), tl.arange(0, BW)
     place = row[:, None] * WIDTH + column[None, :]
     tl.store(p + i * WIDTH + place, tile.to(p.dtype.element_ty), mask=(column < WIDTH)[None, :])
+
+
+@triton.jit
+def load_state(
+    p, i, K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, P: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr,
+    BF: tl.constexpr,
+):  # fmt: skip
+    """Hidden channels `i` … of W₁, S₁ (WK, BF), W₂ and S₂ (BF, WV) of the state at p; S₁ and S₂ are zeros if P is 1."""
+    W1, W2 = tl.trans(load_tile(p, i, K, WK, BF)), load_tile(p + F * K, i, V, WV, BF)
+    if P == 2:
+        p += F * (K + V)
+        return W1, tl.trans(load_tile(p, i, K, WK, BF)), W2, load_tile(p + F * K, i, V, WV, BF)
+    else:
+        return W1, tl.zeros_like(W1), W2, tl.zeros_like(W2)
+
+
+@triton.jit
+def store_state(
+    p, W1, S1, W2, S2, i, K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, P: tl.constexpr, WK: tl.constexpr,
+    WV: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    store_tile(p, tl.trans(W1), i, K, WK, BF)
+    store_tile(p + F * K, W2, i, V, WV, BF)
+    if P == 2:
+        p += F * (K + V)
+        store_tile(p, tl.trans(S1), i, K, WK, BF)
+        store_tile(p + F * K, S2, i, V, WV, BF)
 
 
 @triton.jit
@@ -89,16 +140,37 @@ def activation(z, SILU: tl.constexpr):
 
 
 @triton.jit
-def load_row(p, C: tl.constexpr):
-    """(1, C)."""
-    return tl.load(p + tl.arange(0, C))[None, :]
+def load_column(p, C: tl.constexpr):
+    """(C, 1)."""
+    return tl.load(p + tl.arange(0, C))[:, None]
 
 
 @triton.jit
-def weigh(d, rows, sign, P: tl.constexpr, C: tl.constexpr):
-    """± d (BF, C) with the tokens' weights for W, and with those for S if P is 2, in the type of d."""
-    x = d.to(tl.float32) * sign
-    return settle(x * load_row(rows, C), d.dtype), settle(x * load_row(rows + (P - 1) * C, C), d.dtype)
+def load_rows(p, left, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr, C: tl.constexpr):
+    """(C, BW): up to C tokens, of which `left` are there, that lie STRIDE apart; zeros beyond, and from WIDTH on."""
+    token, channel = _count(C), tl.arange(0, BW)
+    mask = (channel < WIDTH)[None, :] & (token < left)[:, None]
+    return tl.load(p + (token[:, None] * STRIDE + channel[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(p, x, left, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr, C: tl.constexpr):
+    token, channel = _count(C), tl.arange(0, BW)
+    mask = (channel < WIDTH)[None, :] & (token < left)[:, None]
+    tl.store(p + (token[:, None] * STRIDE + channel[None, :]), x.to(p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def weigh(x, rows, sign, C: tl.constexpr):
+    """± x with the tokens' weights, in the type of x."""
+    return settle(widen(x) * (sign * load_column(rows, C)), x.dtype)
+
+
+@triton.jit
+def store_sum(p, x, axis: tl.constexpr, SIZE: tl.constexpr):
+    """The sums of x over an axis, of which SIZE are there."""
+    at = tl.arange(0, x.shape[1 - axis])
+    tl.store(p + at, tl.sum(x, axis), mask=at < SIZE)
 
 
 @triton.jit
@@ -114,50 +186,26 @@ def load_gain(norm_weight, h, V: tl.constexpr, BV: tl.constexpr, NORM: tl.conste
 @triton.jit
 def load_tokens(p, left, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr, C: tl.constexpr):
     """(BW, C): up to C tokens, of which `left` are there, that lie STRIDE apart; zeros beyond, and below WIDTH."""
-    token, channel = tl.arange(0, C), tl.arange(0, BW)
+    token, channel = _count(C), tl.arange(0, BW)
     mask = (channel < WIDTH)[:, None] & (token < left)[None, :]
     return tl.load(p + (token[None, :] * STRIDE + channel[:, None]), mask=mask, other=0.0)
 
 
 @triton.jit
 def store_tokens(p, x, left, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr, C: tl.constexpr):
-    token, channel = tl.arange(0, C), tl.arange(0, BW)
+    token, channel = _count(C), tl.arange(0, BW)
     mask = (channel < WIDTH)[:, None] & (token < left)[None, :]
     tl.store(p + (token[None, :] * STRIDE + channel[:, None]), x.to(p.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def apply(
-    p, i, x, left, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
-    dtype: tl.constexpr,
-):  # fmt: skip
-    """Rows `i` … of a matrix with rows of WIDTH numbers, times C tokens: (BF, C)."""
-    y = tl.zeros([BF, C], tl.float32)
-    for at in tl.range(0, WIDTH, BW, disable_licm=True):
-        tokens = load_tokens(x + at, left, STRIDE, WIDTH - at, BW, C)
-        y = multiply(load_tile(p, i, at, WIDTH, BW, BF), tokens, dtype, y)
-    return y
-
-
-@triton.jit
-def scores(
-    x, y, left, OF_X: tl.constexpr, OF_Y: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr, C: tl.constexpr
-):  # fmt: skip
-    """Xᵀ Y (C, C) of tokens that lie OF_X and OF_Y apart."""
-    total = tl.zeros([C, C], tl.float32)
-    for at in tl.range(0, WIDTH, BW, disable_licm=True):
-        of_x = load_tokens(x + at, left, OF_X, WIDTH - at, BW, C)
-        of_y = load_tokens(y + at, left, OF_Y, WIDTH - at, BW, C)
-        total = multiply(tl.trans(of_x), of_y, of_x.dtype, total)
-    return total
-
-
-@triton.jit
-def load_sum(p, SIZE: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr, TILES: tl.constexpr):
-    """(BW, TOKENS): the sum of what TILES tiles, SIZE numbers apart, have written."""
-    x = load_tokens(p, TOKENS, WIDTH, WIDTH, BW, TOKENS)
+def load_sum(p, SIZE: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr, TILES: tl.constexpr, N: tl.constexpr):
+    """(BW, N): the sum of what TILES tiles, SIZE numbers apart, have written of N tokens."""
+    token, channel = _count(N), tl.arange(0, BW)
+    p, mask = p + (token[None, :] * WIDTH + channel[:, None]), (channel < WIDTH)[:, None]
+    x = tl.load(p, mask=mask, other=0.0)
     for tile in tl.static_range(1, TILES):
-        x += load_tokens(p + tile * SIZE, TOKENS, WIDTH, WIDTH, BW, TOKENS)
+        x += tl.load(p + tile * SIZE, mask=mask, other=0.0)
     return x
 
 

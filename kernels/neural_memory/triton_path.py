@@ -36,8 +36,6 @@ def kind_of(
         return "linear" if fits and rule.chunk_size in (1, *LINEAR_CHUNKS) else None
     F = weights[0].shape[-1]
     fits = len(weights) == 2 and K in MLP_SIZES and V in MLP_SIZES and F % MLP_HIDDEN == 0 and F <= MLP_MOST_HIDDEN
-    # of packed documents in chunks of 16, without momentum, Triton 3.6 made NaN on an H200
-    fits = fits and (rule.chunk_size > min(MLP_CHUNKS) or gates[0].log_momentum is not None)
     return "two layers" if fits and rule.chunk_size in MLP_CHUNKS else None
 
 

@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from compiling import SHARED_LIMIT, compile_for_hopper
+from together import run_together
 from torch.nn.functional import normalize
 
 from riverrun.kernels.common import self_check
+from riverrun.kernels.neural_memory import triton_mlp_launch
 from riverrun.kernels.neural_memory.gates import triton_gates
 from riverrun.kernels.neural_memory.reference import neural_memory_reference
 from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Rule
 from riverrun.kernels.neural_memory.triton_mlp import mlp_memory_triton
+from riverrun.kernels.neural_memory.triton_mlp_back import back_kernel
 from riverrun.kernels.neural_memory.triton_mlp_launch import Launch, pack, unpack
+from riverrun.kernels.neural_memory.triton_mlp_walk import again_kernel, walk_kernel
 
 
 def make_inputs(B, T, H=1, K=32, F=32, V=32, S=None, momentum=True, norm=True, separate=False, dtype=torch.float32):
@@ -99,10 +103,23 @@ def test_reads_before_writing(momentum):
     assert max(errors(make_inputs(1, 36, H=2, momentum=momentum), read="before")) < 1e-5
 
 
-@pytest.mark.parametrize("K, F, V", [(32, 96, 64), (96, 64, 32), (64, 128, 96), (32, 256, 32)])
+@pytest.mark.parametrize("K, F, V", [(32, 32, 64), (96, 64, 32), (64, 128, 96), (32, 256, 32)])
 def test_sizes(K, F, V):
-    """Several tiles of hidden channels, and sizes that are padded."""
+    """Those that are padded, too."""
     assert max(errors(make_inputs(1, 20, K=K, F=F, V=V), residual=False)) < 1e-5
+
+
+@pytest.mark.parametrize("F, S, bounds, keep", [(96, 1, None, "root"), (64, 3, [0, 1, 30, 50], "all")])
+def test_teams(F, S, bounds, keep, monkeypatch):
+    """Several tiles of hidden channels, whose programs meet; more heads than teams, and tokens that no program has."""
+    run_together(monkeypatch, walk_kernel, again_kernel, back_kernel)
+    monkeypatch.setattr(triton_mlp_launch, "ALONE", False)
+    monkeypatch.setattr(triton_mlp_launch, "multiprocessors", lambda x: 2 * F // 32)
+    inputs, rule = make_inputs(1, 50, H=3, F=F, S=S), Rule(chunk_size=16, residual=True)
+    cu_seqlens = None if bounds is None else torch.tensor(bounds)
+    want = run(inputs, rule, reference, cu_seqlens, torch.float64)
+    got = run(inputs, rule, partial(triton, keep=keep), cu_seqlens)
+    assert max(((a - b).norm() / b.norm().clamp_min(1e-9)).item() for a, b in zip(got, want, strict=True)) < 1e-5
 
 
 @pytest.mark.parametrize("chunk_size, T", [(32, 70), (64, 130)])
@@ -117,21 +134,22 @@ def test_documents(bounds):
     assert max(errors(make_inputs(1, 70, S=len(bounds) - 1, momentum=False), bounds, read="before")) < 1e-5
 
 
-def test_no_more_chunks_are_gone_through_than_the_longest_document_has():
+def test_gradients_go_through_no_more_groups_than_the_longest_document_has():
     inputs, rule = make_inputs(1, 70, S=4), Rule(chunk_size=16, residual=True)
     bounds = torch.tensor([0, 1, 2, 37, 70])
     everything, told, too_few = (run(inputs, rule, partial(triton, max_seqlen=n), bounds) for n in (None, 35, 32))
     assert all(torch.equal(a, b) for a, b in zip(told, everything, strict=True))
-    final = 1  # the state's place among what `run` returns
-    assert not torch.equal(too_few[final][2], everything[final][2])
-    assert torch.equal(too_few[final][:2], everything[final][:2])
+    outputs, by_queries = 5, 5  # how many `run` returns first, and the place of what it returns next
+    assert all(torch.equal(a, b) for a, b in zip(too_few[:outputs], everything, strict=False))
+    assert not torch.equal(too_few[by_queries][:, 2:37], everything[by_queries][:, 2:37])
+    assert torch.equal(too_few[by_queries][:, :2], everything[by_queries][:, :2])
 
 
 @pytest.mark.parametrize(
     "T, options, rule, bounds",
     [
         (70, {}, {}, None),
-        (150, {"B": 2, "H": 2, "K": 32, "F": 96, "V": 64, "norm": False}, {"residual": False}, None),
+        (150, {"B": 2, "H": 2, "K": 32, "F": 64, "V": 64, "norm": False}, {"residual": False}, None),
         (40, {"momentum": False, "separate": True}, {"activation": "silu", "read": "before"}, None),
         (130, {"F": 64, "dtype": torch.bfloat16}, {"chunk_size": 64}, None),
         (70, {"S": 4, "H": 2, "separate": True}, {}, [0, 1, 2, 35, 70]),
@@ -149,22 +167,26 @@ def test_the_states_of_all_chunks_are_those_that_are_made_again(T, options, rule
 @pytest.mark.parametrize("bounds", [None, [0, 1, 2, 35, 70]])
 def test_all_states_are_kept_once_and_none_is_made_again(bounds, monkeypatch):
     """Of every chunk, however many documents there are; and nothing without gradients."""
-    started, saved, of_chunk, to_save = [], [], Launch.of_chunk, Launch.to_save
+    started, saved, to_save = [], [], Launch.to_save
 
-    def start(launch, kernel, *rest, **options):
-        started.append(kernel.__name__)
-        return of_chunk(launch, kernel, *rest, **options)
+    def noted(method):
+        def start(launch, kernel, *rest, **options):
+            started.append(kernel.__name__)
+            return method(launch, kernel, *rest, **options)
+
+        return start
 
     def room(launch, *rest):
         saved.append(to_save(launch, *rest))
         return saved[-1]
 
-    monkeypatch.setattr(Launch, "of_chunk", start)
+    for name in ("of_teams", "of_group"):
+        monkeypatch.setattr(Launch, name, noted(getattr(Launch, name)))
     monkeypatch.setattr(Launch, "to_save", room)
     inputs = make_inputs(1, 70, S=4 if bounds else 1, dtype=torch.bfloat16)
     cu_seqlens = torch.tensor(bounds) if bounds else None
     run(inputs, Rule(chunk_size=16, residual=True), partial(triton, keep="all"), cu_seqlens)
-    kernels = "enter", "error", "step", "reads", "error_gradients", "update"
+    kernels = "walk", "before", "back", "after"
     assert started == [f"{name}_kernel" for name in kernels]
     before_norm, states, u, d2 = saved.pop()
     chunks = 70 // 16 + (4 if bounds else 1)  # a short one of each row or, maybe, document
@@ -274,6 +296,8 @@ def test_user_errors():
         triton(q, k, v, gates, weights, None, Rule(chunk_size=8), None)
     with pytest.raises(ValueError, match="a multiple of 32 up to 1024 hidden channels, got K=32, V=32 and 48"):
         triton(q, k, v, gates, [torch.zeros(2, 1, 32, 48), torch.zeros(2, 1, 48, 32)], None, rule, None)
+    with pytest.raises(ValueError, match="interpreter runs two-layer memories with a power of 2"):
+        triton(q, k, v, gates, [torch.zeros(2, 1, 32, 96), torch.zeros(2, 1, 96, 32)], None, rule, None)
     with pytest.raises(ValueError, match="one row: expected batch size 1, got 2"):
         mlp_memory_triton(
             q, k, v, (triton_gates(gates[0], 16, None),) * 2, None, tuple(weights[:2]), None, torch.tensor([0, 8]),
@@ -283,11 +307,13 @@ def test_user_errors():
 
 def test_compiles_for_hopper():
     kernels = compile_for_hopper(Path(__file__).with_name("launches_neural_memory_mlp.py"))
-    spills = {"step_kernel": 64, "reads_kernel": 128, "update_kernel": 128}  # bytes a thread; of the others none
-    others = {"enter_kernel", "error_kernel", "error_gradients_kernel", "output_gradients_kernel"}
-    assert {kernel["kernel"] for kernel in kernels} == {*spills, *others}
+    # a program of those that meet has a multiprocessor for itself, and half of its registers are the state's
+    spills = {"walk_kernel": 192, "back_kernel": 400, "before_kernel": 320, "after_kernel": 128, "again_kernel": 0}
+    assert {kernel["kernel"] for kernel in kernels} == {*spills, "output_gradients_kernel"}
     for kernel in kernels:
-        assert 2 * kernel["shared"] <= SHARED_LIMIT, f"one program waits alone: {kernel}"
+        programs = 2 if kernel["kernel"] == "before_kernel" else 1
+        assert programs * kernel["shared"] <= SHARED_LIMIT, kernel
         if kernel["launch"] != "launch_single_precision":
-            assert kernel["wgmma"] > 0 or kernel["kernel"] in others, kernel
             assert kernel["stack"] <= spills.get(kernel["kernel"], 0), f"spills: {kernel}"
+        if "titans" in kernel["launch"]:  # chunks of 64 tokens
+            assert kernel["wgmma"] > 0 or kernel["kernel"] == "output_gradients_kernel", kernel

@@ -151,9 +151,6 @@ def test_states_that_are_kept_change_nothing_else(name, backend, monkeypatch):
 
 
 def test_what_has_no_kernel_is_refused():
-    arguments, rule = make("two layers", 1, 20, momentum=False)
-    with pytest.raises(ValueError, match="there is no Triton kernel"):  # chunks of 16 without momentum
-        neural_memory(**arguments, rule=rule, backend="triton")
     arguments, rule = make("two layers", 1, 20)
     for change in ({"bias": "lp"}, {"chunk_size": 128}, {"read": "chunk"}):
         with pytest.raises(ValueError, match="there is no Triton kernel"):

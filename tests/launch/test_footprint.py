@@ -109,11 +109,13 @@ def test_the_states_of_all_chunks_by_hand(recompute):
         made = shipped.load("titans-mag-760m", changes, require_inputs=False).recipe
         found[keep] = {moment.moment: moment.allocated for moment in memory.moments(made, Layout.of(made, 1))}
     state, chunks = 2 * F * (D + D), rows * T // C
-    more = H * (chunks * (2 * state + (2 + 4) * C * D) - chunks // 8 * 4 * state)
+    of_chunk = 2 * state + (2 + 4) * C * D
+    more = H * (chunks * of_chunk - chunks // 8 * 4 * state)
+    again = rows * H * 8 * of_chunk + 128 * C * D * 4  # a group's, and what 128 programs leave to be summed
     for layer in range(layers):
         name = f"backward of block {layer} (titans_mag)"
         count = 1 if recompute else layer + 1
-        assert found["all"][name] - found["root"][name] == pytest.approx(count * more)
+        assert count * more - again <= found["all"][name] - found["root"][name] <= count * more
     name = "backward of the loss"
     assert found["all"][name] - found["root"][name] == pytest.approx(0 if recompute else layers * more)
 
@@ -130,7 +132,8 @@ class _Idle:
 @pytest.mark.parametrize("T", [256, 4096])
 def test_inside_a_two_layer_memory(T, norm, keep, monkeypatch):
     """What its launchers allocate and free, counted from the operators' arguments, is what they allocate and free."""
-    monkeypatch.setattr(Cut, "of_chunk", lambda *args, **options: lambda number: args)  # which it holds
+    for name in ("of_teams", "of_group"):
+        monkeypatch.setattr(Cut, name, lambda *args, **options: lambda *group: args)  # which it holds
     monkeypatch.setattr(triton_mlp, "output_gradients_kernel", _Idle())
     (B, H, D, F, C, P), empty = (2, 2, 64, 256, 64, 2), partial(torch.empty, dtype=torch.float32)
     with footprint._fakes(), footprint._Recorder() as recorder:
