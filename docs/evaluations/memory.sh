@@ -43,7 +43,7 @@ mixer_list=$(IFS=,; echo "${mixers[*]}")
 heads=() # of a size that the memories have kernels for
 for mixer in "${mixers[@]}"; do heads+=(--set "$mixer.head_dim=64"); done
 job mqar 500 "${riverrun[@]}" study mqar --mixer "$mixer_list" --set mqar.vocabulary=1024 "${heads[@]}" --width 128 \
-  --train-length 128 --test-lengths 256,512,1024 --lr 5e-4,1.5e-3 --seeds 1 --steps 2000 --batch-size 64 --jobs 8 "${tiny[@]}" \
+  --train-length 128 --test-lengths 256,512,1024 --lr 5e-4,1.5e-3 --seeds 1 --steps 1500 --batch-size 64 --jobs 8 "${tiny[@]}" \
   --device "$device" --out "$OUT/mqar"
 job table 60 python3 "$here/memory_table.py" "$OUT" "$length"
 cat "$OUT/table.md" "$OUT"/mqar/study.md
