@@ -5,8 +5,8 @@
 #   OUT=results/memory docs/evaluations/memory.sh TOKENIZER
 #
 # TOKENIZER: a sentencepiece model of 8,192 tokens (`riverrun data tokenizer`). The text is the Python of torch,
-# transformers and sympy, about 40M tokens. About 15 minutes on one H200, estimated; several GPUs share
-# the models.
+# transformers and sympy, about 40M tokens. 8 minutes on one H200 until MQAR, which may take as long; several GPUs
+# share the models.
 # Writes to OUT: table.md, a folder for each model and evaluation, and the study's in mqar/.
 
 source "$(dirname "$0")/jobs.sh"

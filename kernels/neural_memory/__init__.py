@@ -60,8 +60,8 @@ def neural_memory(
         initial_state: what the S sequences start from instead of `weights`.
         position: (S,) integers, how many tokens of each sequence `initial_state` has seen; None: none, or whole chunks.
         cu_seqlens: (N + 1,) integers rising from 0 to T: the bounds of documents packed into a batch of one row.
-        max_seqlen: no document has more tokens (longer ones come out wrong); None: T. The Triton kernels of two layers
-            are launched for each chunk that a document may have.
+        max_seqlen: no document has more tokens (gradients of longer ones come out wrong); None: T. The backward kernels
+            of two layers are launched for each group of chunks that a document may have.
         resumable: whether a later call is to go on from the returned state; else its `anchor` says nothing. Triton's
             kernels for chunks of more than one token need to know: of packed documents they leave no such state.
         keep: the states that a backward pass finds: "root", those before every √n-th of a sequence's n chunks, the rest
