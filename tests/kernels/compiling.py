@@ -5,7 +5,7 @@ A file of launches, say `launches_para.py`, defines functions `launch_…()` tha
 ops, which insist on CUDA tensors) with CPU tensors. Here every start of a kernel is turned into a compilation; nothing
 runs. Triton's interpreter must be off, which the tests have on: hence a process of its own.
 
-    python tests/kernels/compiling.py tests/kernels/launches_para.py [80 [LAUNCH…]]     prints one JSON object a kernel
+    python tests/kernels/compiling.py tests/kernels/launches_para.py [80]     prints one JSON object a kernel
 """
 
 import json
@@ -24,24 +24,23 @@ def compile_for_hopper(launches: Path) -> list[dict]:
     return _compile_apart(launches, "90")
 
 
-def compile_for_ampere(launches: Path, *only: str) -> list[dict]:
-    """All launches, or those that are named: the ones that take the most are enough to know that a card can."""
-    return _compile_apart(launches, "80", *only)
+def compile_for_ampere(launches: Path) -> list[dict]:
+    return _compile_apart(launches, "80")
 
 
 CARDS = {"sm_90": (compile_for_hopper, SHARED_LIMIT), "sm_80": (compile_for_ampere, SHARED_LIMIT_OF_AMPERE)}
 
 
-def _compile_apart(launches: Path, capability: str, *only: str) -> list[dict]:
+def _compile_apart(launches: Path, capability: str) -> list[dict]:
     """One dict a compiled kernel: launch, kernel, num_warps, registers, stack (bytes: spills), shared (bytes), ptx."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, str(launches), capability, *only]
+    command = [sys.executable, __file__, str(launches), capability]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def _compile(launches: str, capability: str = "90", *only: str) -> None:
+def _compile(launches: str, capability: str = "90") -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -68,9 +67,9 @@ def _compile(launches: str, capability: str = "90", *only: str) -> None:
         return kernel
 
     triton.JITFunction.run = compile_only
-    found = {name: function for name, function in runpy.run_path(launches).items() if name.startswith("launch_")}
-    for launch in only or found:
-        found[launch]()
+    for launch, function in runpy.run_path(launches).items():
+        if launch.startswith("launch_"):
+            function()
 
 
 def _resources(kernel) -> dict:

@@ -20,13 +20,21 @@ def launch_titans():
     run(8, 4096, 16, 128, 512, 128, 64)
 
 
-def launch_titans_without_momentum_all_states():
-    run(8, 4096, 16, 128, 512, 128, 64, momentum=False, save="all")
+def launch_without_momentum():
+    run(8, 4096, 16, 128, 512, 128, 64, momentum=False)
 
 
 def launch_short_chunks_packed():
     run(1, 4096, 16, 64, 256, 64, 16, norm=False, silu=True, packed=True)
 
 
-def launch_padded_heads_in_single_precision():
-    run(2, 512, 4, 96, 384, 128, 32, norm=False, dtype=torch.float32)
+def launch_padded_heads():
+    run(2, 512, 4, 96, 384, 128, 32, norm=False)
+
+
+def launch_single_precision():
+    run(2, 512, 4, 64, 128, 64, 32, dtype=torch.float32)
+
+
+def launch_titans_all_states():
+    run(8, 4096, 16, 128, 512, 128, 64, save="all")

@@ -263,11 +263,8 @@ def test_user_errors():
         )
 
 
-LAUNCHES = Path(__file__).with_name("launches_neural_memory_linear.py")
-
-
 def test_compiles_for_hopper():
-    kernels = compile_for_hopper(LAUNCHES)
+    kernels = compile_for_hopper(Path(__file__).with_name("launches_neural_memory_linear.py"))
     names = ("prepare", "forward", "backward", "within", "gradients")
     assert {k["kernel"] for k in kernels} == {f"{name}_kernel" for name in names}
     for kernel in kernels:
@@ -280,5 +277,5 @@ def test_compiles_for_hopper():
 
 
 def test_compiles_for_ampere():
-    for kernel in compile_for_ampere(LAUNCHES, "launch_titans", "launch_long_chunks", "launch_single_precision"):
+    for kernel in compile_for_ampere(Path(__file__).with_name("launches_neural_memory_linear.py")):
         assert kernel["shared"] <= SHARED_LIMIT_OF_AMPERE, kernel
