@@ -38,3 +38,11 @@ def launch_single_precision():
 
 def launch_titans_all_states():
     run(8, 4096, 16, 128, 512, 128, 64, save="all")
+
+
+def launch_without_momentum_all_states():
+    run(8, 4096, 16, 128, 512, 128, 64, momentum=False, save="all")
+
+
+def launch_short_chunks_packed_all_states():
+    run(1, 4096, 16, 64, 256, 64, 16, norm=False, silu=True, packed=True, save="all")

@@ -307,13 +307,15 @@ def test_user_errors():
 
 def test_compiles_for_hopper():
     kernels = compile_for_hopper(Path(__file__).with_name("launches_neural_memory_mlp.py"))
-    # a program of those that meet has a multiprocessor for itself, and half of its registers are the state's
+    # a program of a team has a multiprocessor for itself, and half of its registers are the state's
     spills = {"walk_kernel": 192, "back_kernel": 400, "before_kernel": 320, "after_kernel": 128, "again_kernel": 0}
     assert {kernel["kernel"] for kernel in kernels} == {*spills, "output_gradients_kernel"}
+    short = "launch_short_chunks_packed", "launch_short_chunks_packed_all_states", "launch_padded_heads"
     for kernel in kernels:
-        programs = 2 if kernel["kernel"] == "before_kernel" else 1
-        assert programs * kernel["shared"] <= SHARED_LIMIT, kernel
-        if kernel["launch"] != "launch_single_precision":
+        of_team, launch = kernel["kernel"] in ("walk_kernel", "back_kernel", "again_kernel"), kernel["launch"]
+        assert (1 if of_team else 2) * kernel["shared"] <= SHARED_LIMIT, kernel
+        if launch != "launch_single_precision":
             assert kernel["stack"] <= spills.get(kernel["kernel"], 0), f"spills: {kernel}"
-        if "titans" in kernel["launch"]:  # chunks of 64 tokens
-            assert kernel["wgmma"] > 0 or kernel["kernel"] == "output_gradients_kernel", kernel
+            # chunks of fewer than 64 tokens, as rows of what is summed, are too few for it
+            rows = kernel["kernel"] == "output_gradients_kernel" or (launch in short and not of_team)
+            assert kernel["wgmma"] > 0 or rows, kernel
