@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from types import SimpleNamespace
 
+import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -34,6 +35,18 @@ def hasten() -> None:
 
     interpreter._get_np_dtype = numpy_type
     _share_shapes()
+
+
+def steady_products() -> None:
+    """From now on, in this process, a product's last bit does not depend on how its factors lie in memory. OpenBLAS has
+    a kernel for each order, and on processors with AVX-512 they round differently."""
+    product = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *rest):
+        a.data, b.data = np.ascontiguousarray(a.data), np.ascontiguousarray(b.data)
+        return product(self, a, b, *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 def _share_shapes() -> None:

@@ -8,10 +8,11 @@ import deepspeed.runtime.zero.muon.original_muon  # and with it torch's compiler
 from triton import knobs
 
 from riverrun.train import plot
-from tests.interpreting import hasten
+from tests.interpreting import hasten, steady_products
 
 if knobs.runtime.interpret:
     hasten()
+    steady_products()
 _ = deepspeed.ops.__compatible_ops__  # runs compilers
 plot.loss_curve([{"tokens": 1, "loss": 1.0, "kind": "train"}], io.BytesIO(), "")  # finds the fonts
 gc.collect()

@@ -8,8 +8,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bounds import check_accesses
 from triton import knobs
 
-from tests.interpreting import hasten
+from tests.interpreting import hasten, steady_products
 
 if knobs.runtime.interpret:
     check_accesses()
     hasten()
+    steady_products()
