@@ -32,15 +32,22 @@ def _inside_delta_backward(grad_o, grad_final, q, k, v, *rest) -> float:
     return _inside_delta(k, rest[-1]) + _inside_delta(k, False) + (states + 2 * v.numel()) * size
 
 
-def _inside_linear_memory(q: torch.Tensor, weight: torch.Tensor) -> float:
-    """T and the scores, (M, H, C, C) each, in the type of q (kernels/neural_memory/triton_linear_launch.py)."""
-    return 2.0 * weight.numel() * q.element_size()
+def _inside_linear_memory(q, k, v, decay, weight: torch.Tensor, *rest) -> float:
+    """The scores, and of an online memory T, (M, H, C, C) each, in the type of q, unless they are saved
+    (kernels/neural_memory/triton_linear_launch.py)."""
+    online, _, save = rest[-3:]
+    return 0.0 if save else (1.0 + online) * weight.numel() * q.element_size()
 
 
-def _inside_linear_memory_backward(grad_o, of_final, of_momentum, q, k, v, decay, weight, carry, *_) -> float:
-    """The same; states and adjoints at the chunks' edges, (M, H, K, V) each, twice with a momentum; E like v."""
-    states = 2 * (1 if carry is None else 2) * decay.shape[0] * decay.shape[1] * q.shape[-1] * v.shape[-1]
-    return _inside_linear_memory(q, weight) + (states + v.numel()) * q.element_size()
+def _inside_linear_memory_backward(grad_o, of_final, of_momentum, q, k, v, decay, weight, carry, *rest) -> float:
+    """The same, unless they were saved, with the states at the chunks' starts, (M, H, K, V) each, twice with a
+    momentum, and E like v; as large as these, the states' adjoints, X, and of an online memory Z. Gradients of gates in
+    parts that are summed, float32."""
+    (errors, *_, online, _), (M, H, C) = rest[-4:], decay.shape
+    squares, copies = (1 + online) * weight.numel(), 1 if carry is None else 2
+    states = copies * M * H * q.shape[-1] * v.shape[-1]
+    made = 0 if errors.numel() else squares + states + v.numel()
+    return (made + states + squares) * q.element_size() + 4.0 * M * H * C * (copies * online + 2)
 
 
 def _inside_flash_backward(grad, q: torch.Tensor, k, v, out, log_z: torch.Tensor, *_) -> float:
@@ -104,7 +111,7 @@ INSIDE: dict[str, Callable[..., float]] = {
     "ssd_triton_backward": _inside_ssd,
     "gated_delta_triton": lambda q, k, *rest: _inside_delta(k, rest[-1]),
     "gated_delta_triton_backward": _inside_delta_backward,
-    "linear_memory_triton": lambda q, k, v, decay, weight, *_: _inside_linear_memory(q, weight),
+    "linear_memory_triton": _inside_linear_memory,
     "linear_memory_triton_backward": _inside_linear_memory_backward,
     "neural_memory_mlp_triton": _inside_mlp_memory,
     "neural_memory_mlp_triton_backward": _inside_mlp_memory_backward,

@@ -49,8 +49,8 @@ class NeuralMemoryOptions:
     conv_kernel: int = 4
     output_gate: bool = True
     norm_eps: float = 1e-5
-    # states that a backward pass finds, memory against time and nothing else: those before every √n-th of n chunks, the
-    # rest computed again; or before "all", if it is Triton's kernels of two layers that compute
+    # states that a backward pass finds, memory against time and nothing else: "root", those before every √n-th of n
+    # chunks, none of a linear memory, the rest computed again; "all", if it is Triton's kernels that compute
     keep_states: Literal["root", "all"] = "root"
 
     @property

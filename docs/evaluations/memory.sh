@@ -5,8 +5,8 @@
 #   OUT=results/memory docs/evaluations/memory.sh TOKENIZER
 #
 # TOKENIZER: a sentencepiece model of 8,192 tokens (`riverrun data tokenizer`). The text is the Python of torch,
-# transformers and sympy, about 40M tokens. 8 minutes on one H200 until MQAR, which may take as long; several GPUs
-# share the models.
+# transformers and sympy, about 40M tokens. 8 minutes on one H200 until MQAR, which may take 12; several GPUs share the
+# models.
 # Writes to OUT: table.md, a folder for each model and evaluation, and the study's in mqar/.
 
 source "$(dirname "$0")/jobs.sh"
@@ -42,8 +42,8 @@ wait
 mixer_list=$(IFS=,; echo "${mixers[*]}")
 heads=() # of a size that the memories have kernels for
 for mixer in "${mixers[@]}"; do heads+=(--set "$mixer.head_dim=64"); done
-job mqar 500 "${riverrun[@]}" study mqar --mixer "$mixer_list" --set mqar.vocabulary=1024 "${heads[@]}" --width 128 \
-  --train-length 128 --test-lengths 256,512,1024 --lr 5e-4,1.5e-3 --seeds 1 --steps 1500 --batch-size 64 --jobs 8 "${tiny[@]}" \
+job mqar 700 "${riverrun[@]}" study mqar --mixer "$mixer_list" --set mqar.vocabulary=1024 "${heads[@]}" --width 128 \
+  --train-length 128 --test-lengths 256,512,1024 --lr 5e-4,1.5e-3,5e-3 --seeds 1 --steps 3000 --batch-size 128 --jobs 12 "${tiny[@]}" \
   --device "$device" --out "$OUT/mqar"
 job table 60 python3 "$here/memory_table.py" "$OUT" "$length"
 cat "$OUT/table.md" "$OUT"/mqar/study.md

@@ -97,6 +97,9 @@ def inputs(case: Case, regime: str) -> Inputs:
     return made
 
 
+ALL_STATES = "the states of all chunks are kept for the backward pass"
+
+
 def ours(backend: str, keep: Keep = "root") -> Callable[..., Work]:
     def build(inputs: Inputs, case: Case, load: Load | None = None) -> Work:
         q, k, v = (inputs[name] for name in "qkv")
@@ -154,9 +157,8 @@ def attention(case: Case) -> Contender:
 def contenders(case: Case) -> list[Contender]:
     form, chunk = FORMS[case.variant], peer_chunk(case)
     found = [Contender("riverrun auto", ours("auto"))]
-    if form.expand and not form.rule.gated:
-        note = "the states of all chunks are kept for the backward pass"
-        found.append(Contender("riverrun all states", ours("auto", keep="all"), note, needs_cuda=True))
+    if not form.rule.gated:
+        found.append(Contender("riverrun all states", ours("auto", keep="all"), ALL_STATES, needs_cuda=True))
     found += [
         Contender("riverrun chunked torch", ours("chunked")),
         Contender(

@@ -64,10 +64,11 @@ def neural_memory(
             of two layers are launched for each group of chunks that a document may have.
         resumable: whether a later call is to go on from the returned state; else its `anchor` says nothing. Triton's
             kernels for chunks of more than one token need to know: of packed documents they leave no such state.
-        keep: the states that a backward pass finds: "root", those before every √n-th of a sequence's n chunks, the rest
-            computed again; "all", every chunk's, in the type of the inputs: none is computed again, for about
-            H · P · F (K + V) numbers a chunk more memory until the backward pass, F the hidden channels and P 2 with a
-            momentum, else 1. Only the Triton kernels of two layers take heed of it: other forms keep what they keep.
+        keep: the states that a backward pass of Triton's kernels finds: "root", of two layers those before every √n-th
+            of a sequence's n chunks and of a linear memory none, the rest computed again; "all", every chunk's, in the
+            type of the inputs, and none is computed again. Until that pass "all" holds about H · P · F (K + V) numbers
+            more a chunk, or of a linear memory H (P · K V + C (2 C + V)); with F hidden channels, C tokens, P 2 with a
+            momentum, else 1. Other forms keep what they keep.
         backend: "auto", "reference", "chunked" or "triton" (see `resolve_backend`). Triton has linear memories and
             those of two layers, with an ℓ2 loss and gates of heads or layers, in chunks of 16 to 64 tokens, or online;
             and gated ones without norm or residual that are read at the starts of chunks of at least their width.

@@ -1,8 +1,8 @@
 """The Triton kernels of a linear memory as a torch operator.
 
-Forward: `prepare_kernel` over all chunks, then `forward_kernel` along the sequences. Nothing but the inputs is saved.
-Backward: the preparation again; the two walks, which leave the states at each chunk's start, their adjoints at its end,
-E and Y; then `within_kernel` and `gradients_kernel` over all chunks.
+Forward: `prepare_kernel` over all chunks, then `forward_kernel` along the sequences. Backward: both again, for the
+states at each chunk's start and E, unless the first time has saved them; `backward_kernel`, for the states' adjoints at
+each chunk's end and Y; then `within_kernel` and `gradients_kernel` over all chunks.
 """
 
 from typing import Any, Literal
@@ -15,7 +15,8 @@ from riverrun.kernels.common.self_check import check_once, deviation, draws, in_
 from riverrun.kernels.neural_memory.chunked import neural_memory_chunked
 from riverrun.kernels.neural_memory.gates import ChunkGates, triton_gates
 from riverrun.kernels.neural_memory.rule import Gates, MemoryState, Rule
-from riverrun.kernels.neural_memory.triton_linear_launch import CHUNKS, Launch, Pair, Settings
+from riverrun.kernels.neural_memory.triton_linear_launch import CHUNKS, Launch, Made, Pair, Settings
+from riverrun.kernels.neural_memory.triton_path import Keep
 
 
 def memory(
@@ -26,10 +27,13 @@ def memory(
     initial: Pair,
     cu_seqlens: torch.Tensor | None,
     settings: Settings,
-) -> tuple[torch.Tensor, Pair]:
-    """→ o (B, T, H, V), and the final weights and momentum (S, H, K, V) float32."""
+    save: bool,
+) -> tuple[torch.Tensor, Pair, Made]:
+    """→ o (B, T, H, V), the final weights and momentum (S, H, K, V) float32, and what was made, all of it if `save`."""
     launch = Launch(q, k, v, gates, cu_seqlens, settings)
-    return launch.outputs(launch.prepare(), initial)
+    made = launch.room(save)
+    launch.prepare(made)
+    return *launch.outputs(made, initial), made
 
 
 def memory_backward(
@@ -42,18 +46,28 @@ def memory_backward(
     initial: Pair,
     cu_seqlens: torch.Tensor | None,
     settings: Settings,
+    made: Made | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, ChunkGates, Pair]:
-    """→ the gradients of q, k, v, the gates, the initial weights and momentum."""
+    """→ the gradients of q, k, v, the gates, the initial weights and momentum. `made`: what `memory` saved, if any."""
     launch = Launch(q, k, v, gates, cu_seqlens, settings)
-    prepared = launch.prepare()
-    states, errors = launch.states(prepared, initial)
-    adjoints, grad_v, grad_initial = launch.adjoints(prepared, grad_o, grad_final)
-    grad_q, grad_k, of_gates = launch.gradients(grad_o, states, errors, adjoints, grad_v)
+    if made is None:
+        made = launch.room(save=True)
+        launch.prepare(made)
+        launch.states(made, initial)
+    adjoints, grad_v, grad_initial = launch.adjoints(made, grad_o, grad_final)
+    grad_q, grad_k, of_gates = launch.gradients(made, grad_o, adjoints, grad_v)
     return grad_q, grad_k, grad_v, of_gates, grad_initial
 
 
 def check(
-    q: torch.Tensor, v: torch.Tensor, momentum: bool, still: bool, packed: bool, settings: Settings, back: bool
+    q: torch.Tensor,
+    v: torch.Tensor,
+    momentum: bool,
+    still: bool,
+    packed: bool,
+    settings: Settings,
+    save: bool,
+    back: bool,
 ) -> None:
     """The self-check of the forward kernels for such tensors, or with `back` of those of gradients. `still`: there is
     a momentum, but none to begin with."""
@@ -83,11 +97,11 @@ def check(
         gates, initial = triton_gates(Gates(*of_gates), C, bounds), Pair(*rest[1:])
         gates = ChunkGates(*(x if x is None else x.contiguous() for x in gates))  # type: ignore[arg-type]
         with torch.no_grad():
+            o, final, made = memory(q, k, v, gates, initial, bounds, settings, save)
             if not back:
-                o, final = memory(q, k, v, gates, initial, bounds, settings)
                 return deviation([x for x in (o, *final) if x is not None], want)
             *grads, of_chunks, of_initial = memory_backward(
-                upstream, Pair(None, None), q, k, v, gates, initial, bounds, settings
+                upstream, Pair(None, None), q, k, v, gates, initial, bounds, settings, made if save else None
             )
         outputs, grad_outputs = zip(*((x, g) for x, g in zip(gates, of_chunks) if x is not None))
         grads += torch.autograd.grad(outputs, of_gates, grad_outputs)
@@ -95,7 +109,7 @@ def check(
         return deviation(grads, want[3 if momentum else 2 :])
 
     sizes: dict[str, object] = {"H": H, "K": K, "V": V, **settings._asdict(), "momentum": momentum, "still": still}
-    sizes |= {"packed": packed, "gradients": back, "dtype": dtype}
+    sizes |= {"packed": packed, "saved": save, "gradients": back, "dtype": dtype}
     check_once("linear neural_memory", sizes, device, compare, 1e-4 if dtype == torch.float32 else 5e-2)
 
 
@@ -115,18 +129,31 @@ def _forward(
     chunk_size: int,
     online: bool,
     late: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    save: bool,
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor,
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+]:  # fmt: skip
     settings, momentum = Settings(chunk_size, online, late), carry is not None
     if is_due(q):
-        check(q, v, momentum, initial_momentum is None, cu_seqlens is not None, settings, back=False)
+        check(q, v, momentum, initial_momentum is None, cu_seqlens is not None, settings, save=save, back=False)
     gates = ChunkGates(decay, weight, carry, momentum_decay, momentum_weight)
-    o, final = memory(q, k, v, gates, Pair(initial, initial_momentum), cu_seqlens, settings)
-    return o, *_or_empty(*final)  # type: ignore[return-value]
+    o, final, made = memory(q, k, v, gates, Pair(initial, initial_momentum), cu_seqlens, settings, save)
+    return o, *_or_empty(*final), *_to_save(made, settings)  # type: ignore[return-value]
 
 
 @_forward.register_fake
-def _(q, k, v, decay, weight, carry, momentum_decay, momentum_weight, initial, *_):
-    return torch.empty_like(v), torch.empty_like(initial), initial.new_empty(0 if carry is None else initial.shape)
+def _(
+    q, k, v, decay, weight, carry, momentum_decay, momentum_weight, initial, initial_momentum, cu_seqlens, chunk_size,
+    online, late, save,
+):  # fmt: skip
+    gates, settings = (
+        ChunkGates(decay, weight, carry, momentum_decay, momentum_weight),
+        Settings(chunk_size, online, late),
+    )
+    made = Launch(q, k, v, gates, cu_seqlens, settings).room(save)
+    final_momentum = initial.new_empty(0 if carry is None else initial.shape)
+    return torch.empty_like(v), torch.empty_like(initial), final_momentum, *_to_save(made, settings)
 
 
 @operator("linear_memory_triton_backward")
@@ -145,28 +172,32 @@ def _backward(
     initial: torch.Tensor,
     initial_momentum: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    scores: torch.Tensor,
+    inverse: torch.Tensor,
+    states: torch.Tensor,
+    momenta: torch.Tensor,
+    errors: torch.Tensor,
     chunk_size: int,
     online: bool,
     late: bool,
-) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
-]:  # fmt: skip
+) -> list[torch.Tensor]:
     settings, momentum = Settings(chunk_size, online, late), carry is not None
+    made = Made(scores, inverse, states, momenta, errors) if errors.numel() else None
     if is_due(q):
-        check(q, v, momentum, initial_momentum is None, cu_seqlens is not None, settings, back=True)
+        save = made is not None
+        check(q, v, momentum, initial_momentum is None, cu_seqlens is not None, settings, save=save, back=True)
     gates = ChunkGates(decay, weight, carry, momentum_decay, momentum_weight)
     *grads, of_gates, grad_initial = memory_backward(
         grad_o, Pair(grad_final, grad_final_momentum), q, k, v, gates, Pair(initial, initial_momentum), cu_seqlens,
-        settings,
+        settings, made,
     )  # fmt: skip
-    return *grads, *_or_empty(*of_gates, *grad_initial)  # type: ignore[return-value]
+    return [*grads, *_or_empty(*of_gates, *grad_initial)]
 
 
 @_backward.register_fake
 def _(grad_o, grad_final, grad_final_momentum, q, k, v, decay, weight, carry, momentum_decay, momentum_weight, W, *_):
     like = q, k, v, decay, weight, carry, momentum_decay, momentum_weight, W, None if carry is None else W
-    return tuple(_or_empty(*(None if x is None else torch.empty_like(x) for x in like)))
+    return _or_empty(*(None if x is None else torch.empty_like(x) for x in like))
 
 
 def _or_empty(*tensors: torch.Tensor | None) -> list[torch.Tensor]:
@@ -175,18 +206,27 @@ def _or_empty(*tensors: torch.Tensor | None) -> list[torch.Tensor]:
     return [torch.empty(0, device=device) if x is None else x for x in tensors]
 
 
+def _to_save(made: Made, settings: Settings) -> list[torch.Tensor]:
+    """All of it, or nothing. Operators do not return a tensor twice."""
+    if made.errors is None:
+        return [made.scores.new_empty(0) for _ in made]
+    return _or_empty(made.scores, made.inverse if settings.online else None, *made[2:])
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.chunk_size, ctx.online, ctx.late = inputs
+    *tensors, ctx.chunk_size, ctx.online, ctx.late, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, *output[3:])
 
 
-def _gradient(ctx: Any, grad_o: torch.Tensor | None, *grad_finals: torch.Tensor | None) -> tuple[Any, ...]:
+def _gradient(
+    ctx: Any, grad_o: torch.Tensor | None, of_final: torch.Tensor | None, of_momentum: torch.Tensor | None, *unused: Any
+) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
     grad_o = torch.zeros_like(tensors[2]) if grad_o is None else grad_o.contiguous()
-    finals = (None if x is None or not x.numel() else x.contiguous() for x in grad_finals)
+    finals = (None if x is None or not x.numel() else x.contiguous() for x in (of_final, of_momentum))
     grads = _backward(grad_o, *finals, *tensors, ctx.chunk_size, ctx.online, ctx.late)
-    return *(None if x is None else grad for x, grad in zip(tensors, grads)), None, None, None, None
+    return *(None if x is None else grad for x, grad in zip(tensors, grads)), None, None, None, None, None
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
@@ -204,6 +244,7 @@ def linear_memory_triton(
     chunk_size: int,
     online: bool,
     read: Literal["after", "before"],
+    keep: Keep = "root",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """A memory f(x) = x W that learns ½‖f(k) − v‖² with momentum or without.
 
@@ -213,6 +254,8 @@ def linear_memory_triton(
         initial, initial_momentum: (S, H, K, V); no initial momentum: zeros.
         chunk_size: C, one of `CHUNKS`.
         online: each token learns at the weights that it finds, whatever C; else at those of its chunk's start.
+        keep: "all": a backward pass finds the states before all chunks, and whatever else it needs of the way forth;
+            "root": nothing but the inputs.
 
     Returns:
         o (B, T, H, V) in the dtype of `q`, the final weights, and the final momentum or None, in float32. The values of
@@ -222,6 +265,8 @@ def linear_memory_triton(
     if cu_seqlens is not None and q.shape[0] != 1:
         raise ValueError(f"cu_seqlens describes documents packed into one row: expected batch size 1, got {q.shape[0]}")
     q, k, v = (x.to(q.dtype).contiguous() for x in (q, k, v))
-    rest = (None if x is None else x.float().contiguous() for x in (*gates, initial, initial_momentum))
-    o, final, final_momentum = _forward(q, k, v, *rest, cu_seqlens, chunk_size, online, read == "before")
+    rest = [None if x is None else x.float().contiguous() for x in (*gates, initial, initial_momentum)]
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, *rest))
+    save = keep == "all" and wanted
+    o, final, final_momentum, *_ = _forward(q, k, v, *rest, cu_seqlens, chunk_size, online, read == "before", save)
     return o, final, None if gates.carry is None else final_momentum

@@ -37,10 +37,11 @@ def _load_state(p, column, V: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, N
 
 
 @triton.jit
-def _store_state(p, tiles, column, V: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr):
+def _store_state(p, tiles, column, V: tl.constexpr, rows, BK: tl.constexpr, NK: tl.constexpr):
+    """As many of its rows; 0: nothing."""
     for i in tl.static_range(NK):
         row = i * BK + tl.arange(0, BK)
-        store_rows(p, tiles[i], row, row < K, V, column, V)
+        store_rows(p, tiles[i], row, row < rows, V, column, V)
 
 
 @triton.jit
@@ -101,7 +102,8 @@ def forward_kernel(
     MOMENTUM: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr,  # an initial one
     PACKED: tl.constexpr,
-    OUTPUT: tl.constexpr,  # o and the final states, or else states, momenta and errors
+    READ: tl.constexpr,  # o and the final states
+    SAVE: tl.constexpr,  # states, momenta and errors
     STAGES: tl.constexpr,
 ):
     dtype: tl.constexpr = k.dtype.element_ty
@@ -115,13 +117,16 @@ def forward_kernel(
         S = _load_state(initial_momentum + (s * H + h) * K * V, column, V, K, BK, NK)
     elif MOMENTUM:
         S = _zeros(BK, BV, NK)
+    if SAVE:
+        rows = tl.where(tokens > 0, K, 0)
+        _store_state(states + (c * H + h) * K * V, W, column, V, rows, BK, NK)
+        if MOMENTUM:
+            _store_state(momenta + (c * H + h) * K * V, S, column, V, rows, BK, NK)
     for at in tl.range(0, tokens, C, num_stages=STAGES):
         token = begin + at
         index = (c + at // C) * H + h
         place, square = index * C, t[:, None] * C + t[None, :]
         here = t < tokens - at
-        if not OUTPUT:
-            _store_state(states + index * K * V, W, column, V, K, BK, NK)
         k_tiles = load_tiles(k + (token * H + h) * K, t, here, H * K, K, BK, NK)
         place_v = (token * H + h) * V
         values = load_rows(v + place_v, t, here, H * V, column, V).to(tl.float32)
@@ -129,23 +134,21 @@ def forward_kernel(
         E = _read(k_tiles, W, NK)
         if ONLINE:
             E *= late(decay + place, t, 1, 1.0)[:, None]
-        if OUTPUT:
+        if READ:
             q_tiles = load_tiles(q + (token * H + h) * K, t, here, H * K, K, BK, NK)
             out = _read(q_tiles, W, NK) * late(decay + place, t, LATE, 1.0)[:, None]
         if MOMENTUM:
-            if not OUTPUT:
-                _store_state(momenta + index * K * V, S, column, V, K, BK, NK)
             if ONLINE:
                 E += _read(k_tiles, S, NK) * late(carry + place, t, 1, 0.0)[:, None]
-            if OUTPUT:
+            if READ:
                 out += _read(q_tiles, S, NK) * late(carry + place, t, LATE, 0.0)[:, None]
         E = (E - values).to(dtype)
         if ONLINE:
             E = dot(tl.load(inverse + place * C + square), E).to(dtype)
-        if OUTPUT:
+        if READ:
             out = dot(tl.load(scores + place * C + square), E, out)
             store_rows(o + place_v, out, t, here, H * V, column, V)
-        else:
+        if SAVE:
             store_rows(errors + place_v, E, t, here, H * V, column, V)
 
         kept = tl.load(decay + place + C - 1)
@@ -163,7 +166,12 @@ def forward_kernel(
             for i in tl.static_range(NK):
                 new_S = new_S + (_written(k_tiles[i], last, E, S[i] * kept),)
             S = new_S
-    if OUTPUT:
+        if SAVE:  # what the next chunk starts from, here: shared memory has no room for it beside the operands above
+            next_place, rows = (index + H) * K * V, tl.where(at + C < tokens, K, 0)
+            _store_state(states + next_place, W, column, V, rows, BK, NK)
+            if MOMENTUM:
+                _store_state(momenta + next_place, S, column, V, rows, BK, NK)
+    if READ:
         _store_state(final + (s * H + h) * K * V, W, column, V, K, BK, NK)
         if MOMENTUM:
             _store_state(final_momentum + (s * H + h) * K * V, S, column, V, K, BK, NK)

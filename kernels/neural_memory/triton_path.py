@@ -112,7 +112,7 @@ def _run(
 
         o, W, S = linear_memory_triton(
             q, k, v, of_chunks[0], state.weights[0], None if state.momentum is None else state.momentum[0], cu_seqlens,
-            chunk_size=size, online=online, read=read,
+            chunk_size=size, online=online, read=read, keep=keep,
         )  # fmt: skip
         weights, momentum = (W,), None if S is None else (S,)
     else:

@@ -7,6 +7,7 @@ tested against the step loops.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from riverrun.kernels.benchmarks.benchmark import Benchmark, Case, Contender, Inputs, Load, Unavailable, Work
 from riverrun.kernels.benchmarks.linear import delta_inputs, fla_delta
+from riverrun.kernels.benchmarks.memory import ALL_STATES
+from riverrun.kernels.neural_memory.triton_path import Keep
 from riverrun.modeling.layout import Layout, rotary_tables
 from riverrun.modeling.memory_options import TitansLMMOptions
 from riverrun.modeling.memory_statistics import noting
@@ -43,9 +46,11 @@ def gated_delta(case: Case) -> Mixer:
     return GatedDelta(options, case.D, NORM_EPS)
 
 
-def titans_lmm(case: Case) -> Mixer:
+def titans_lmm(case: Case, keep: Keep = "root") -> Mixer:
     depth, chunk = MEMORIES[case.variant]
-    options = TitansLMMOptions(num_heads=case.H, head_dim=case.D // case.H, depth=depth, chunk_size=chunk)
+    options = TitansLMMOptions(
+        num_heads=case.H, head_dim=case.D // case.H, depth=depth, chunk_size=chunk, keep_states=keep
+    )
     return TitansLMM(options, case.D, NORM_EPS)
 
 
@@ -269,6 +274,7 @@ def fla_op(inputs: Inputs, case: Case, load: Load) -> Work:
 def titans_lmm_contenders(case: Case) -> list[Contender]:
     return [
         Contender("riverrun auto", ours(titans_lmm)),
+        Contender("riverrun all states", ours(partial(titans_lmm, keep="all")), ALL_STATES, needs_cuda=True),
         products(titans_lmm),
         Contender(
             "fla's op",

@@ -14,6 +14,7 @@ from riverrun.kernels.common.triton_chunks import cut
 from riverrun.kernels.neural_memory import triton_linear_op
 from riverrun.kernels.neural_memory.gates import ChunkGates, triton_gates
 from riverrun.kernels.neural_memory.rule import Gates
+from riverrun.kernels.neural_memory.triton_linear_launch import Launch
 from riverrun.kernels.neural_memory.triton_linear_op import linear_memory_triton
 
 NAMES = "q", "k", "v", "log_keep", "lr", "log_momentum", "initial", "initial_momentum"
@@ -52,10 +53,10 @@ def by_tokens(q, k, v, log_keep, lr, log_momentum, W, S, *, chunk_size, online, 
     return torch.stack(outputs), *(finals if momentum is not None else finals[:1])
 
 
-def by_triton(q, k, v, log_keep, lr, log_momentum, W, S, *, chunk_size, online, read, bounds):
+def by_triton(q, k, v, log_keep, lr, log_momentum, W, S, *, chunk_size, online, read, bounds, keep="root"):
     cu_seqlens = torch.tensor(bounds) if len(q) == 1 else None
     gates = triton_gates(Gates(log_keep, lr, log_momentum), chunk_size, cu_seqlens)
-    options = {"chunk_size": chunk_size, "online": online, "read": read}
+    options = {"chunk_size": chunk_size, "online": online, "read": read, "keep": keep}
     o, *finals = linear_memory_triton(q, k, v, gates, W, S, cu_seqlens, **options)
     assert o.dtype == q.dtype and finals[0].dtype == torch.float32
     return o.flatten(0, 1), *(x for x in finals if x is not None)
@@ -75,11 +76,11 @@ def distance(got, want):
     return max(((a - b).norm() / b.norm().clamp_min(1e-9)).item() for a, b in pairs)
 
 
-def error(inputs, chunk_size=16, online=True, read="after", bounds=None):
+def error(inputs, chunk_size=16, online=True, read="after", bounds=None, keep="root"):
     B, T = inputs[0].shape[:2]
     bounds = [T * b for b in range(B + 1)] if bounds is None else bounds
     options = {"chunk_size": chunk_size, "online": online, "read": read, "bounds": bounds}
-    return distance(run(by_triton, inputs, **options), run(by_tokens, inputs, torch.float64, **options))
+    return distance(run(by_triton, inputs, **options, keep=keep), run(by_tokens, inputs, torch.float64, **options))
 
 
 RULES = [(online, read, momentum) for online in (True, False) for read in ("after", "before") for momentum in (1, 0)]
@@ -108,9 +109,10 @@ def test_chunk_sizes(chunk_size, T, online, read):
 
 @pytest.mark.parametrize("K, V", [(32, 48), (96, 16), (16, 96), (20, 33), (130, 17), (192, 80)])
 @pytest.mark.parametrize("online, momentum", [(True, True), (False, False)])
-def test_head_sizes(K, V, online, momentum):
-    """Tiles that divide, and tiles that are padded; several of keys' and of values' channels."""
-    assert error(make_inputs(20, H=1, K=K, V=V, momentum=momentum), online=online) < 1e-5
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float16, 3e-3)])
+def test_head_sizes(K, V, online, momentum, dtype, tolerance):
+    """Tiles that divide, and tiles that are padded; several of keys' and of values' channels, or all of the values'."""
+    assert error(make_inputs(20, H=1, K=K, V=V, momentum=momentum, dtype=dtype), online=online) < tolerance
 
 
 @pytest.mark.parametrize("name, value", [("log_keep", -20.0), ("log_keep", 0.0), ("log_momentum", -1e-6), ("lr", 0.0)])
@@ -212,24 +214,52 @@ def test_narrow_types(online, read, momentum):
     assert error(make_inputs(40, momentum=momentum, dtype=torch.float16), online=online, read=read) < 3e-3
 
 
+@pytest.mark.parametrize("online, read, momentum", RULES)
+@pytest.mark.parametrize("bounds", [[0, 40], [0, 1, 2, 19, 40]])
+def test_what_is_saved_is_what_is_made_again(online, read, momentum, bounds):
+    """To the last bit, and so are all gradients."""
+    inputs = make_inputs(40, S=len(bounds) - 1, momentum=momentum, dtype=torch.bfloat16)
+    options = {"chunk_size": 16, "online": online, "read": read, "bounds": bounds}
+    again, saved = (run(by_triton, inputs, **options, keep=keep) for keep in ("root", "all"))
+    assert all(torch.equal(a, b) for a, b in zip(saved, again, strict=True))
+
+
+def test_all_is_saved_once_and_nothing_is_made_again(monkeypatch):
+    started = []
+    for name in ("prepare", "outputs", "states"):
+        method = getattr(Launch, name)
+        monkeypatch.setattr(Launch, name, lambda *x, name=name, method=method: [started.append(name), method(*x)][1])
+    inputs, options = make_inputs(40), {"chunk_size": 16, "online": True, "read": "after", "bounds": [0, 40]}
+    run(by_triton, inputs, **options, keep="all")
+    assert started == ["prepare", "outputs"]
+    started.clear()
+    run(by_triton, inputs, **options)
+    assert started == ["prepare", "outputs", "prepare", "states"]
+    saved = []
+    room = Launch.room
+    monkeypatch.setattr(Launch, "room", lambda launch, save: saved.append(save) or room(launch, save))
+    by_triton(*inputs, **options, keep="all")
+    assert saved == [False]  # there are no gradients to be taken
+
+
 def test_compiled_by_torch():
     """As an operator that torch.compile does not look into, with the shapes that it says it has."""
     inputs = make_inputs(20, H=1)
     bounds = torch.tensor([0, 20])
     gates = tuple(x.contiguous() for x in triton_gates(Gates(*inputs[3:6]), 16, bounds))
     arguments = [x.requires_grad_() for x in (*inputs[:3], *gates, *inputs[6:])]
-    arguments += [bounds, 16, True, False]
+    arguments += [bounds, 16, True, False, True]
     torch.library.opcheck(triton_linear_op._forward.overload, arguments, test_utils=("test_schema", "test_faketensor"))
     still = [x for i, x in enumerate(arguments) if i not in (5, 6, 7, 9)]
     still[5:5] = [None] * 3
     still[9:9] = [None]
     torch.library.opcheck(triton_linear_op._forward.overload, still, test_utils=("test_schema", "test_faketensor"))
-    for some in (arguments, still):
-        o, final, final_momentum = triton_linear_op._forward(*some)
+    for some in (arguments, still, [*arguments[:-1], False], [*arguments[:-3], False, False, True]):
+        o, final, final_momentum, *saved = (x.detach() for x in triton_linear_op._forward(*some))
         grads = [o, final, final_momentum if final_momentum.numel() else None]
-        grads = [x if x is None else x.detach() for x in grads]
         checked = ("test_schema", "test_faketensor")
-        torch.library.opcheck(triton_linear_op._backward.overload, [*grads, *some], test_utils=checked)
+        arguments = [*grads, *some[:-4], *saved, *some[-4:-1]]
+        torch.library.opcheck(triton_linear_op._backward.overload, arguments, test_utils=checked)
 
 
 def test_checks_itself(monkeypatch, tmp_path):
@@ -242,6 +272,7 @@ def test_checks_itself(monkeypatch, tmp_path):
         (make_inputs(20, H=1), {}),
         (make_inputs(20, H=1, S=2, still=True), {"read": "before", "bounds": [0, 3, 20]}),
         (make_inputs(20, H=1, momentum=False), {"online": False}),
+        (make_inputs(20, H=1), {"keep": "all"}),
     ]
     for i, (inputs, options) in enumerate(cases):
         assert error(inputs, **options) < 1e-5
@@ -271,7 +302,9 @@ def test_compiles_for_hopper():
         assert kernel["shared"] <= SHARED_LIMIT and kernel["wgmma"] > 0, kernel
         if kernel["launch"] == "launch_single_precision":
             continue  # whose products are three of narrower numbers
-        assert kernel["stack"] <= (128 if kernel["launch"] == "launch_long_chunks" else 0), f"spills: {kernel}"
+        # a walk that only saves is faster with tiles of 64 channels, though they do not quite fit, than with 32
+        allowed = 128 if kernel["launch"] == "launch_long_chunks" else 96 if kernel["kernel"] == "forward_kernel" else 0
+        assert kernel["stack"] <= allowed, f"spills: {kernel}"
         if kernel["launch"] in ("launch_titans", "launch_anchored"):  # two programs fit a multiprocessor
             assert kernel["registers"] <= 256 and kernel["shared"] <= SHARED_LIMIT // 2 - 512, kernel
 

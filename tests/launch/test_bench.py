@@ -160,7 +160,8 @@ def test_head_rnn_of_one_cell_without_a_sweep(tmp_path):
         (["neural_memory", "--width", "10", "--heads", "4"], "--width 10 is not divisible by --heads 4"),
         (
             ["neural_memory", *TINY, "--only", "titans-torch"],
-            "no contender is called 'titans-torch'; choose among riverrun auto, riverrun chunked torch, fla, "
+            "no contender is called 'titans-torch'; choose among riverrun auto, riverrun all states, "
+            "riverrun chunked torch, fla, "
             "titans-pytorch, torch SDPA\n",
         ),
         (["head_rnn", "--variant", "gruu"], "head_rnn has no variant 'gruu'; choose one of lstm, slstm, gru, elman"),

@@ -42,8 +42,8 @@ def test_a_run_has_every_figure(variant, heads, tmp_path):
     assert regime["case"]["H"] == heads  # of 128 channels, or one narrower than 512
     found = {c["name"]: c for c in regime["contenders"]}
     names = ["riverrun auto", "riverrun all states", "riverrun chunked torch", "fla", "titans-pytorch", "torch SDPA"]
-    absent = {"linear": ["riverrun all states"], "chunk 2048": ["riverrun all states", "titans-pytorch"]}
-    assert list(found) == [name for name in names if name not in absent.get(variant, [])]
+    absent = ["riverrun all states", "titans-pytorch"] if variant == "chunk 2048" else []
+    assert list(found) == [name for name in names if name not in absent]
     for name in {"riverrun all states", "fla"} & found.keys():
         assert found.pop(name)["skipped"] == "needs CUDA"
     for name, c in found.items():

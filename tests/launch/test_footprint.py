@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from riverrun.kernels.neural_memory import triton_mlp
+from riverrun.kernels.neural_memory import triton_linear_launch, triton_linear_op, triton_mlp
 from riverrun.kernels.neural_memory.triton_mlp_launch import Launch as Cut
 from riverrun.launch import footprint, memory, shipped
 from riverrun.launch.inside import INSIDE
@@ -27,7 +27,7 @@ MEMORIES = {
 @pytest.mark.parametrize(
     ("name", "changes", "gpus", "measured"),
     [
-        ("titans-mag-760m", {"micro_batch_size": 8, "recompute": True, "seq_len": 8192}, 1, 25.1),
+        ("titans-mag-760m", {"micro_batch_size": 8, "recompute": True, "seq_len": 8192}, 1, 26.3),
         ("mamba2-1.3b", {"micro_batch_size": 8, "recompute": False, "seq_len": 4096}, 1, 98.1),
         ("mamba2-1.3b", {"micro_batch_size": 8, "recompute": True, "seq_len": 4096}, 1, 31.5),
         ("para-gru-1b", {"micro_batch_size": 8, "recompute": False, "seq_len": 4096}, 1, 70.6),
@@ -127,6 +127,14 @@ class _Idle:
         return lambda *args, **options: None
 
 
+def _most(recorder, name, run, *args):
+    """Its outputs; bytes that were alive at once during the run and not after it; and what we say."""
+    recorder.begin()
+    outputs = run()
+    freed = max(recorder.alive) - recorder.live
+    return outputs, freed, INSIDE[name](*args)
+
+
 @pytest.mark.parametrize("keep", ["root", "all"])
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("T", [256, 4096])
@@ -142,18 +150,34 @@ def test_inside_a_two_layer_memory(T, norm, keep, monkeypatch):
         gates = [empty(M, H, *shape) for shape in ((P, C), (C, C), (3,), (P, C)) * 2]
         initial, gain = empty(B, H, P, 2 * F * D), empty(H, D) if norm else None
 
-        def most(name, run, *args):
-            """Its outputs; bytes that were alive at once during the run and not after it; and what we say."""
-            recorder.begin()
-            outputs = run()
-            freed = max(recorder.alive) - recorder.live
-            return outputs, freed, INSIDE[name](*args)
-
         given, options = (q, k, v, *gates, gain, initial), (None, False, True, keep, T)
         run = partial(triton_mlp.walk, q, k, v, gates, gain, initial, *options)
-        (_, _, *saved), freed, ours = most("neural_memory_mlp_triton", run, *given, *options)
+        (_, _, *saved), freed, ours = _most(recorder, "neural_memory_mlp_triton", run, *given, *options)
         assert ours == pytest.approx(freed, rel=0.01)
         run = partial(triton_mlp.walk_back, grad_o, None, q, k, v, gates, gain, initial, *saved, *options)
         args = grad_o, None, *given, *saved, *options
-        _, freed, ours = most("neural_memory_mlp_triton_backward", run, *args)
+        _, freed, ours = _most(recorder, "neural_memory_mlp_triton_backward", run, *args)
+        assert ours == pytest.approx(freed, rel=0.01)
+
+
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("online", [True, False])
+@pytest.mark.parametrize("momentum", [True, False])
+def test_inside_a_linear_memory(momentum, online, save, monkeypatch):
+    for name in ("prepare", "forward", "backward", "within", "gradients"):
+        monkeypatch.setattr(triton_linear_launch, f"{name}_kernel", _Idle())
+    (B, T, H, D, C), empty = (2, 1024, 2, 64, 64), partial(torch.empty, dtype=torch.float32)
+    with footprint._fakes(), footprint._Recorder() as recorder:
+        q, k, v, grad_o = (empty(B, T, H, D, dtype=BF16) for _ in range(4))
+        M = B * T // C
+        gates = [empty(M, H, C), empty(M, H, C, C)]
+        gates += [empty(M, H, C), empty(M, H), empty(M, H, C)] if momentum else [None] * 3
+        given = (q, k, v, *gates, empty(B, H, D, D), None, None)
+        options = (C, online, False)
+        run = partial(triton_linear_op._forward._function, *given, *options, save)
+        (_, _, _, *saved), freed, ours = _most(recorder, "linear_memory_triton", run, *given, *options, save)
+        assert ours == pytest.approx(freed, rel=0.01)
+        args = (grad_o, None, None, *given, *saved, *options)
+        run = partial(triton_linear_op._backward._function, *args)
+        _, freed, ours = _most(recorder, "linear_memory_triton_backward", run, *args)
         assert ours == pytest.approx(freed, rel=0.01)
