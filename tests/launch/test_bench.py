@@ -161,8 +161,7 @@ def test_head_rnn_of_one_cell_without_a_sweep(tmp_path):
         (
             ["neural_memory", *TINY, "--only", "titans-torch"],
             "no contender is called 'titans-torch'; choose among riverrun auto, riverrun all states, "
-            "riverrun chunked torch, fla, "
-            "titans-pytorch, torch SDPA\n",
+            "riverrun chunked torch, fla, titans-pytorch, torch SDPA\n",
         ),
         (["head_rnn", "--variant", "gruu"], "head_rnn has no variant 'gruu'; choose one of lstm, slstm, gru, elman"),
         (["para_gru", *TINY, "--only", "cudnn"], "no contender is called 'cudnn'; choose among riverrun auto, "),
