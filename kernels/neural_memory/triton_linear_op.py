@@ -147,10 +147,8 @@ def _(
     q, k, v, decay, weight, carry, momentum_decay, momentum_weight, initial, initial_momentum, cu_seqlens, chunk_size,
     online, late, save,
 ):  # fmt: skip
-    gates, settings = (
-        ChunkGates(decay, weight, carry, momentum_decay, momentum_weight),
-        Settings(chunk_size, online, late),
-    )
+    gates = ChunkGates(decay, weight, carry, momentum_decay, momentum_weight)
+    settings = Settings(chunk_size, online, late)
     made = Launch(q, k, v, gates, cu_seqlens, settings).room(save)
     final_momentum = initial.new_empty(0 if carry is None else initial.shape)
     return torch.empty_like(v), torch.empty_like(initial), final_momentum, *_to_save(made, settings)
