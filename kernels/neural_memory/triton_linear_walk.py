@@ -129,8 +129,6 @@ def forward_kernel(
         here = t < tokens - at
         k_tiles = load_tiles(k + (token * H + h) * K, t, here, H * K, K, BK, NK)
         place_v = (token * H + h) * V
-        values = load_rows(v + place_v, t, here, H * V, column, V).to(tl.float32)
-
         E = _read(k_tiles, W, NK)
         if ONLINE:
             E *= late(decay + place, t, 1, 1.0)[:, None]
@@ -142,7 +140,7 @@ def forward_kernel(
                 E += _read(k_tiles, S, NK) * late(carry + place, t, 1, 0.0)[:, None]
             if READ:
                 out += _read(q_tiles, S, NK) * late(carry + place, t, LATE, 0.0)[:, None]
-        E = (E - values).to(dtype)
+        E = (E - load_rows(v + place_v, t, here, H * V, column, V).to(tl.float32)).to(dtype)
         if ONLINE:
             E = dot(tl.load(inverse + place * C + square), E).to(dtype)
         if READ:

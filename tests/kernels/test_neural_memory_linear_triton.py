@@ -2,7 +2,6 @@
 a GPU."""
 
 import itertools
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -299,16 +298,11 @@ def test_compiles_for_hopper():
     kernels = compile_for_hopper(Path(__file__).with_name("launches_neural_memory_linear.py"))
     names = ("prepare", "forward", "backward", "within", "gradients")
     assert {k["kernel"] for k in kernels} == {f"{name}_kernel" for name in names}
-    walks = Counter()
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_LIMIT and kernel["wgmma"] > 0, kernel
         if kernel["launch"] == "launch_single_precision":
             continue  # whose products are three of narrower numbers
-        # a launch's second walk only saves, which is faster in tiles that do not quite fit
-        walks[kernel["launch"]] += kernel["kernel"] == "forward_kernel"
-        saves = kernel["kernel"] == "forward_kernel" and walks[kernel["launch"]] == 2
-        allowed = 128 if kernel["launch"] == "launch_long_chunks" else 96 if saves else 0
-        assert kernel["stack"] <= allowed, f"spills: {kernel}"
+        assert kernel["stack"] <= (128 if kernel["launch"] == "launch_long_chunks" else 0), f"spills: {kernel}"
         if kernel["launch"] in ("launch_titans", "launch_anchored"):  # two programs fit a multiprocessor
             assert kernel["registers"] <= 256 and kernel["shared"] <= SHARED_LIMIT // 2 - 512, kernel
 
